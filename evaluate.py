@@ -1,0 +1,215 @@
+"""COCO box and mask mAP of a student checkpoint, beside its teacher's and the published figures.
+
+    python evaluate.py --ckpt coco/ghnd/coco2017-custom_maskrcnn_resnet_fpn_from_maskrcnn_resnet50_fpn.pt
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+import data
+import distributed
+import models
+from distributed import log
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+REPORTED = {  # AP of torchvision's COCO_V1 weights and of torchdistill's students (arXiv 2011.12913)
+    "fasterrcnn": {"teacher": {"bbox": 0.370}, "student": {"bbox": 0.359}},
+    "maskrcnn": {"teacher": {"bbox": 0.379, "segm": 0.346}, "student": {"bbox": 0.369, "segm": 0.336}},
+}
+PROGRESS_EVERY = 15  # seconds
+
+Figures = dict[str, list[float]]  # "bbox" and, for Mask R-CNN, "segm": the 12 FIGURES
+
+
+class ValSet:
+    """The first `limit` images of val2017 and, on the main process, their annotations.
+
+    Raises FileNotFoundError or ValueError, naming what is missing or broken.
+    """
+
+    def __init__(self, data_dir: Path, limit: int | None = None) -> None:
+        self.index, folder = data.load_split(data_dir, "val", limit)
+        self.images = data.CocoImages(self.index, folder)
+        self.coco = COCO()
+        if distributed.is_main():
+            annotation_file = data_dir / "annotations" / "instances_val2017.json"
+            self.coco.dataset = data.read_json(annotation_file)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    self.coco.createIndex()
+                    for annotation in self.coco.dataset["annotations"]:
+                        annotation["area"], annotation["iscrowd"], annotation["segmentation"]
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{annotation_file} is not a COCO instances file: an entry lacks "
+                                 f"a proper field ({type(error).__name__}: {error})") from error
+
+
+def to_coco(image_id: int, output: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Turn one image's torchvision detections into COCO results, in the detector's order.
+
+    output: boxes (N, 4) x0 y0 x1 y1 in pixels of the original image, scores (N,), labels (N,), which
+    are COCO category ids, and for Mask R-CNN masks (N, 1, h, w) in [0, 1], cut at 0.5.
+    Returns N dicts: image_id, category_id, bbox (x y w h), score, and segmentation (RLE).
+    """
+    columns = {"category_id": output["labels"].tolist(),
+               "bbox": box_convert(output["boxes"], "xyxy", "xywh").tolist(),
+               "score": output["scores"].tolist()}
+    if "masks" in output:
+        inside = (output["masks"][:, 0] > 0.5).to(torch.uint8)
+        # (N, w, h) in C order is what encode asks for, (h, w, N) in Fortran order, without a copy
+        rles = coco_mask.encode(inside.mT.contiguous().cpu().numpy().transpose(2, 1, 0))
+        columns["segmentation"] = [{**rle, "counts": rle["counts"].decode()} for rle in rles]
+    return [{"image_id": image_id, **dict(zip(columns, row))}
+            for row in zip(*columns.values(), strict=True)]
+
+
+@torch.inference_mode()
+def detect(detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str) -> list | None:
+    """Run the detector over all images, each on one process, and collect COCO results on the main one.
+
+    Returns one list of results per image, in the index's order; None on the other processes.
+    """
+    detector.eval().to(device, memory_format=torch.channels_last)
+    loader = data.val_loader(val.images, workers, pin=device.type == "cuda")
+    image_ids = val.index.ids[distributed.rank()::distributed.world_size()].tolist()
+    results, begin = [], time.monotonic()
+    reported = begin
+    for image_id, image in zip(image_ids, loader, strict=True):
+        output = detector([image.to(device, non_blocking=True) / 255])[0]
+        results.append(to_coco(image_id, output))
+        if (now := time.monotonic()) - reported > PROGRESS_EVERY:
+            reported, speed = now, len(results) / (now - begin)
+            log(f"{title}: image {len(results)}/{len(image_ids)} of this process, {speed:.2f} img/s, "
+                f"{(len(image_ids) - len(results)) / speed:.0f} s left")
+    shares = distributed.gather(results)
+    if shares is None:
+        return None
+    by_position = itertools.chain.from_iterable(itertools.zip_longest(*shares))
+    return [results for results in by_position if results is not None]
+
+
+def coco_figures(coco: COCO, results: Iterable[dict[str, Any]], image_ids: Sequence[int], kind: str) -> list[float]:
+    """Return COCOeval's 12 figures for "bbox" or "segm" over these images, as pycocotools gives them.
+
+    A figure is -1 where there is nothing to find. Mask results go in without their boxes: pycocotools
+    would otherwise take the detections' areas from them and shift AP small, medium and large.
+    """
+    drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
+    results = [{key: value for key, value in r.items() if key != drop} for r in results]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and its table
+        found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
+        evaluation = COCOeval(coco, found, kind)
+        evaluation.params.imgIds = list(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return np.asarray(evaluation.stats).tolist()
+
+
+def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: int = 4,
+             title: str = "evaluation", save_to: Path | None = None) -> Figures:
+    """Compute COCO's figures of a detector over a ValSet, on any number of processes alike.
+
+    Every image is seen by exactly one process, and pycocotools gets all results on the main one.
+    save_to: also write the results, in COCO's format: boxes to this file and, for Mask R-CNN,
+    masks to the same name ending in .segm.json. Returns the Figures on every process.
+    """
+    per_image = detect(detector, val, device, workers, title)
+    figures: Figures = {}
+    if per_image is not None:
+        results = list(itertools.chain.from_iterable(per_image))
+        kinds = ["bbox", "segm"] if detector.roi_heads.has_mask() else ["bbox"]
+        for kind in kinds:
+            figures[kind] = coco_figures(val.coco, results, val.index.ids.tolist(), kind)
+            if save_to is not None:
+                path = save_to if kind == "bbox" else save_to.with_suffix(".segm.json")
+                drop = "bbox" if kind == "segm" else "segmentation"
+                path.write_text(json.dumps([{k: v for k, v in r.items() if k != drop} for r in results]))
+                log(f"{len(results)} {kind} results written to {path}")
+    return distributed.broadcast(figures)
+
+
+def table(figures: dict[str, Figures], arch: str) -> str:
+    """Format the figures of "teacher" and "student", with the published AP in brackets."""
+    lines = [f"{'':14}" + "".join(f"{name:>8}" for name in FIGURES) + "   AP published"]
+    for who, kinds in figures.items():
+        for kind, values in kinds.items():
+            row = "".join(f"{value:8.4f}" for value in values)
+            lines.append(f"{who + ' ' + kind:14}{row}   {REPORTED[arch][who][kind]:.3f}")
+    return "\n".join(lines)
+
+
+def add_common_flags(parser: distributed.Parser) -> None:
+    """Add the flags that train.py and evaluate.py share."""
+    parser.add_argument("--data-dir", type=Path, default=Path("~/datasets/coco2017"), metavar="DIR",
+                        help="train2017/, val2017/ and annotations/ as COCO has them (%(default)s)")
+    parser.add_argument("--teacher-ckpt", metavar="FILE",
+                        help="the teacher's weights, a torchvision state dict; default: download COCO_V1")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
+    parser.add_argument("--workers", type=natural, default=4, metavar="N",
+                        help="image-loading processes per GPU, 0 for none (%(default)s)")
+    parser.add_argument("--limit-val", type=positive, metavar="N", help="only the first N images of val2017")
+    parser.add_argument("--min-size", type=positive, default=800, metavar="PX",
+                        help="resize the shorter side to this (%(default)s)")
+    parser.add_argument("--max-size", type=positive, default=1333, metavar="PX",
+                        help="but the longer side to at most this (%(default)s)")
+
+
+def natural(text: str) -> int:
+    """Parse an integer from 0 up, for argparse."""
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse an integer from 1 up, for argparse."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def main() -> None:
+    parser = distributed.Parser(description="COCO figures of a GHND student, by pycocotools over val2017.")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="ours or torchdistill's checkpoint")
+    parser.add_argument("--teacher", action="store_true", help="evaluate the teacher too")
+    parser.add_argument("--save-detections", type=Path, metavar="FILE",
+                        help="write the student's results, in COCO's format, to this .json file")
+    add_common_flags(parser)
+    args = parser.parse_args()
+    device = distributed.start(args.device)
+    sizes = {"min_size": args.min_size, "max_size": args.max_size}
+    student, arch = models.load_student(args.ckpt, **sizes)
+    detectors = {"student": student}
+    if args.teacher:
+        with distributed.main_first():
+            detectors = {"teacher": models.load_teacher(arch, args.teacher_ckpt, **sizes), **detectors}
+    if args.save_detections:
+        args.save_detections.touch()  # better to fail now than after an hour
+    val = ValSet(args.data_dir.expanduser(), args.limit_val)
+    log(f"{args.ckpt}: {arch}; {len(val.index)} images, {distributed.world_size()} x {device.type}")
+    figures = {}
+    for who, detector in detectors.items():
+        save_to = args.save_detections if who == "student" else None
+        figures[who] = evaluate(detector, val, device, args.workers, who, save_to)
+    log(table(figures, arch))
+    log(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    with distributed.session():
+        main()

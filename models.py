@@ -1,0 +1,291 @@
+"""Teacher, bottleneck-injected student, the module that training runs, and checkpoint files."""
+
+import argparse
+import contextlib
+import copy
+import itertools
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.detection import (
+    FasterRCNN,
+    FasterRCNN_ResNet50_FPN_Weights,
+    MaskRCNN,
+    MaskRCNN_ResNet50_FPN_Weights,
+)
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+NUM_CLASSES = 91  # COCO's category ids go up to 90; 0 is the background
+DETECTORS = {"fasterrcnn": FasterRCNN, "maskrcnn": MaskRCNN}
+COCO_V1 = {
+    "fasterrcnn": FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
+    "maskrcnn": MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
+}
+DISTILLED = ("layer1", "layer2", "layer3", "layer4")
+
+
+# ---- detectors -----------------------------------------------------------------------------------
+
+
+def build_detector(arch: str, min_size: int = 800, max_size: int = 1333) -> nn.Module:
+    """Build torchvision's {arch}_resnet50_fpn without weights, frozen, in eval mode.
+
+    min_size, max_size: pixels, the sides that the detector's own transform resizes to. Its
+    FrozenBatchNorm2d have eps 0, as COCO_V1 and the published students were made; torchvision sets
+    that only when it downloads COCO_V1 itself, and its constructors default to 1e-5.
+    """
+    norm_layer = partial(FrozenBatchNorm2d, eps=0.0)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=norm_layer, trainable_layers=0
+    )
+    detector = DETECTORS[arch](backbone, NUM_CLASSES, min_size=min_size, max_size=max_size)
+    return detector.eval().requires_grad_(False)
+
+
+def load_teacher(arch: str, path: str | None = None, min_size: int = 800, max_size: int = 1333) -> nn.Module:
+    """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
+
+    path: a torchvision-format state dict on disk; None downloads COCO_V1 into torch.hub's cache.
+    Raises OSError or ValueError, naming the file, where the weights cannot be had or do not fit.
+    """
+    teacher = build_detector(arch, min_size, max_size)
+    if path is None:
+        try:
+            state = COCO_V1[arch].get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
+            raise OSError(f"cannot download the teacher's weights ({error}); fetch {COCO_V1[arch].url} "
+                          "elsewhere and name the file with --teacher-ckpt") from error
+    else:
+        state = detector_state(load_checkpoint(path), path)
+        if any(".layer1.encoder." in key for key in state):
+            raise ValueError(f"{path} holds a student with a bottleneck, not a torchvision teacher")
+    load_weights(teacher, state, path or COCO_V1[arch].url)
+    return teacher
+
+
+class Bottleneck(nn.Module):
+    """The student's layer1: an encoder to a few channels, which cross the network, and a decoder.
+
+    Maps (B, 64, H, W) to (B, 256, H, W), H and W at stride 4, through (B, channels, H + 4, W + 4).
+    Four padded 2x2 convolutions grow H and W by one each and four unpadded ones shrink them back.
+    Keys, shapes and PyTorch's default initialisation are those of torchdistill 0.0.1's
+    Bottleneck4LargeResNet, which made the published checkpoints.
+    """
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        down = partial(nn.Conv2d, kernel_size=2, padding=1, bias=False)
+        up = partial(nn.Conv2d, kernel_size=2, bias=False)
+        self.encoder = nn.Sequential(
+            down(64, 64), nn.BatchNorm2d(64),
+            down(64, 256), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
+            down(256, 64), nn.BatchNorm2d(64),
+            down(64, channels),
+        )
+        self.decoder = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
+            up(channels, 64), nn.BatchNorm2d(64),
+            up(64, 128), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
+            up(128, 256), nn.BatchNorm2d(256),
+            up(256, 256), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module:
+    """Return the teacher with a copy of its conv1 and a new Bottleneck as layer1, in eval mode.
+
+    These two are trainable. Every other module with weights is the teacher's own object, shared and
+    frozen: training must not change it and cannot.
+    """
+    body = teacher.backbone.body
+    shared = [body["bn1"], *(body[name] for name in DISTILLED), teacher.backbone.fpn, teacher.rpn,
+              teacher.roi_heads]
+    student = copy.deepcopy(teacher, {id(module): module for module in shared})
+    student.backbone.body["layer1"] = Bottleneck(bottleneck_channels)
+    student.backbone.body["conv1"].requires_grad_(True)
+    return student.eval()
+
+
+# ---- what training runs --------------------------------------------------------------------------
+
+
+def fold_frozen_bn(module: nn.Module) -> nn.Module:
+    """Return a frozen copy in which each convolution has absorbed the FrozenBatchNorm2d after it.
+
+    Only for frozen layers: on a trainable convolution it would rescale the weights that Adam sees.
+    Never save a folded module; its keys and values are not the detector's.
+    """
+    module = copy.deepcopy(module)
+    for parent in list(module.modules()):
+        children = list(parent.named_children())  # torchvision registers each bn right after its conv
+        for (conv_name, conv), (bn_name, bn) in itertools.pairwise(children):
+            if isinstance(bn, FrozenBatchNorm2d):
+                parent.add_module(conv_name, fuse_conv_bn_eval(conv, bn))
+                parent.add_module(bn_name, nn.Identity())
+    return module.requires_grad_(False)
+
+
+class Distiller(nn.Module):
+    """Compute the teacher's and the student's features of one batch, the frozen layers held once.
+
+    The trainable part is `student_stem`, whose modules are the student's own (conv1, bn1, layer1):
+    it is what DDP wraps and Adam updates. layer2-4 are the teacher's for both, with their
+    FrozenBatchNorm2d folded. FPN, RPN and heads have no part in the loss and are not here.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        super().__init__()
+        folded, body = fold_frozen_bn(teacher.backbone.body), student.backbone.body
+        stem = ("conv1", "bn1", "relu", "maxpool", "layer1")
+        self.teacher_stem = nn.Sequential(*(folded[name] for name in stem))
+        self.student_stem: nn.Module = nn.Sequential(*(body[name] for name in stem))
+        self.tail = nn.ModuleList(folded[name] for name in DISTILLED[1:])
+
+    def forward(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """batch: (B, 3, H, W), normalised and padded. Returns student's and teacher's four maps,
+        (B, 256, H/4, W/4), (B, 512, H/8, W/8), (B, 1024, H/16, W/16) and (B, 2048, H/32, W/32)."""
+        with torch.no_grad():
+            teacher_maps = self._maps(self.teacher_stem, batch)
+        return self._maps(self.student_stem, batch), teacher_maps
+
+    def _maps(self, stem: nn.Module, batch: Tensor) -> list[Tensor]:
+        maps = [stem(batch)]
+        for layer in self.tail:
+            maps.append(layer(maps[-1]))
+        return maps
+
+
+# ---- checkpoint files ----------------------------------------------------------------------------
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a file that is, at every moment, either the old one or the whole new one."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.name)
+            if isinstance(error, RuntimeError):  # how torch's zip writer reports a full disk
+                raise OSError(f"cannot write {path}: {error}") from error
+            raise
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without running anything that is in it.
+
+    Besides tensors and plain containers it may hold what torchdistill's files of 2020 hold: an
+    argparse.Namespace, a Counter and a numpy float64. Zip and pre-zip files, any device.
+    Raises FileNotFoundError, or ValueError where the file is broken or refused.
+    """
+    scalar = np.float64(0).__reduce__()[0]  # numpy's own name for it has moved, old files have both
+    allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)),
+               (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {path} is not there")
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds for as many kinds of damage
+        unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
+        reason = ("it holds code or objects other than tensors, which are never run here" if unsafe
+                  else f"it is damaged or no PyTorch file ({type(error).__name__})")
+        raise ValueError(f"{path} was refused: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict with weights")
+    return content
+
+
+def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """Return the detector's state dict in a checkpoint: its "model" entry or the file itself.
+
+    A DistributedDataParallel prefix is dropped. Raises ValueError where there is no detector.
+    """
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict, neither under 'model' nor by itself")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if any(key.startswith("seq.") for key in state):
+        raise ValueError(f"{path} holds torchdistill's training wrapper (keys seq.backbone...), "
+                         "which has no RPN and heads, so no detector can be made of it")
+    if not any(key.startswith("roi_heads.box_head.") for key in state):
+        raise ValueError(f"{path} holds no R-CNN detector: it has no roi_heads.box_head")
+    return state
+
+
+def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load strictly, through the modules, which also know the key names of 2020 (torchvision 0.7)."""
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()[1:]
+        reason = " ".join(" ".join(lines).split())
+        raise ValueError(f"{path} does not fit {type(detector).__name__}: {reason[:300]}") from error
+
+
+def load_student(path: str | Path, min_size: int = 800, max_size: int = 1333) -> tuple[nn.Module, str]:
+    """Build the student that a checkpoint holds. Returns it in eval mode, and its architecture.
+
+    No file says which detector it is, so the keys decide, and the shapes give the bottleneck's width.
+    """
+    state = detector_state(load_checkpoint(path), path)
+    arch = "maskrcnn" if any(key.startswith("roi_heads.mask_head.") for key in state) else "fasterrcnn"
+    narrowest = state.get("backbone.body.layer1.encoder.7.weight")
+    if narrowest is None or narrowest.dim() != 4:
+        raise ValueError(f"{path} holds no student: it has no bottleneck in backbone.body.layer1")
+    student = build_student(build_detector(arch, min_size, max_size), narrowest.shape[0])
+    load_weights(student, state, path)
+    return student, arch
+
+
+# ---- a teacher without downloads -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def random_teacher(arch: str, images: list[Tensor], seed: int = 0, min_size: int = 800,
+                   max_size: int = 1333) -> nn.Module:
+    """Build a seeded random detector whose features are well scaled and which detects something.
+
+    images: float (3, h, w) in [0, 1]. One pass over them sets every FrozenBatchNorm2d's statistics
+    to those of its input, and the spread of the class scores, which is too even when random for
+    anything to pass the score threshold of 0.05. It knows nothing: for demonstrations and tests.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        detector = build_detector(arch, min_size, max_size)
+    for name, norm in detector.backbone.body.named_modules():
+        if name.endswith(".bn3"):  # weak residual branches, as trained ones are: a few channels can
+            norm.weight.fill_(0.1)  # then carry much of layer1
+
+    def calibrate(norm: FrozenBatchNorm2d, inputs: tuple[Tensor]) -> None:
+        norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var((0, 2, 3)).clamp(min=1e-6))
+
+    def spread(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
+        scores = F.linear(inputs[0], linear.weight)  # (RoIs, 91)
+        linear.weight.mul_(3 / (scores - scores.mean(0)).std())
+        linear.bias.copy_(-F.linear(inputs[0], linear.weight).mean(0))
+
+    norms = [m for m in detector.modules() if isinstance(m, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(calibrate) for norm in norms]
+    hooks.append(detector.roi_heads.box_predictor.cls_score.register_forward_pre_hook(spread))
+    detector(images)
+    for hook in hooks:
+        hook.remove()
+    return detector

@@ -1,0 +1,414 @@
+"""Train a bottleneck-injected detector by head network distillation, validate it, save it, test it.
+
+    torchrun --nproc_per_node=3 train.py --arch maskrcnn     # any number of GPUs that divides 12
+    python train.py --demo                                   # no GPU, no data, no downloads
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import resource
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import data
+import distributed
+import evaluate
+import losses
+import models
+from distributed import log
+
+
+# ---- the experiments -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row of the results table; a run's outcome depends on no other number."""
+
+    arch: str                       # "fasterrcnn" or "maskrcnn", for teacher and student
+    bottleneck_channels: int        # channels that cross the split point
+    epochs: int
+    images_per_step: int            # over all processes and micro-batches together
+    images_per_loss: int            # loss and gradient are scaled to this many: one GPU's share in 2020
+    lr: float                       # Adam, no weight decay; never scaled by the number of processes
+    lr_drops: tuple[int, ...]       # from these epochs on (counted from 0), ...
+    lr_drop_factor: float           # ... lr is this many times what it was
+    min_size: int                   # pixels, shorter side after resizing
+    max_size: int                   # pixels, longer side at most
+    seed: int                       # layer1's initial values, the order of the images, the flips
+    reported_box_map: float         # the student's AP@[.5:.95] on val2017
+    published_loss: tuple[float, ...]  # mean over each epoch's first 9,001 steps
+    published_box_map: tuple[float | None, ...]  # after each epoch; None: not better than before
+
+
+# Both: arXiv 2011.12913, torchdistill's rrpr2020 configurations, and the logs published beside them.
+FASTERRCNN = Experiment(
+    arch="fasterrcnn", bottleneck_channels=3, epochs=20, images_per_step=12, images_per_loss=4,
+    lr=1e-3, lr_drops=(5, 15), lr_drop_factor=0.1, min_size=800, max_size=1333, seed=0,
+    reported_box_map=0.359,
+    published_loss=(
+        2.337e6, 1.174e6, 1.094e6, 1.054e6, 1.027e6, 0.982e6, 0.975e6, 0.972e6, 0.968e6, 0.967e6,
+        0.962e6, 0.961e6, 0.957e6, 0.957e6, 0.954e6, 0.947e6, 0.948e6, 0.946e6, 0.950e6, 0.947e6),
+    published_box_map=(
+        0.3519, 0.3545, None, 0.3549, 0.3558, 0.3578, 0.3579, None, None, None, None, 0.3586,
+        None, None, None, None, None, None, None, None),
+)
+MASKRCNN = Experiment(
+    arch="maskrcnn", bottleneck_channels=3, epochs=20, images_per_step=12, images_per_loss=4,
+    lr=1e-3, lr_drops=(5, 15), lr_drop_factor=0.1, min_size=800, max_size=1333, seed=0,
+    reported_box_map=0.369,
+    published_loss=(
+        2.499e6, 1.482e6, 1.392e6, 1.398e6, 1.286e6, 1.256e6, 1.210e6, 1.202e6, 1.195e6, 1.191e6,
+        1.184e6, 1.184e6, 1.174e6, 1.174e6, 1.171e6, 1.161e6, 1.161e6, 1.158e6, 1.165e6, 1.159e6),
+    published_box_map=(
+        0.3601, 0.3659, None, None, None, 0.3684, None, None, 0.3690, None, 0.3691, None,
+        None, None, None, None, None, None, None, None),
+)
+EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
+DEMO_DIR = Path("demo")
+
+
+def micro_batches(images_per_step: int, world_size: int) -> tuple[int, int]:
+    """Split a step: returns (images in a micro-batch, at most 4; micro-batches per process and step).
+
+    Raises argparse.ArgumentError where the processes cannot share the step evenly.
+    """
+    per_process, rest = divmod(images_per_step, world_size)
+    if rest or per_process == 0:
+        raise argparse.ArgumentError(None, (
+            f"{world_size} processes cannot share {images_per_step} images a step evenly; change "
+            "--nproc_per_node, or depart from the published recipe with --images-per-step"))
+    micro = max(size for size in (1, 2, 3, 4) if per_process % size == 0)
+    return micro, per_process // micro
+
+
+# ---- one epoch -----------------------------------------------------------------------------------
+
+
+def train_epoch(
+    experiment: Experiment, distiller: models.Distiller, transform: nn.Module, loader: DataLoader,
+    optimizer: torch.optim.Optimizer, epoch: int, bf16: bool, log_every: int, report: Callable[..., None],
+) -> float:
+    """Train one epoch, report on it every log_every steps, and return its mean loss.
+
+    transform: the detector's own, GeneralizedRCNNTransform. loader: lists of uint8 (3, h, w) images.
+    Raises FloatingPointError, on all processes alike, when the loss is no longer finite.
+    """
+    device, stem = next(distiller.parameters()).device, distiller.student_stem
+    world_size, micro_batch = distributed.world_size(), loader.batch_sampler.batch_size
+    accumulation = experiment.images_per_step // (world_size * micro_batch)
+    steps = len(loader) // accumulation
+    # the loss of a step is (sum over its 12 images) / 3, and DDP averages over the processes
+    scale = experiment.images_per_loss / experiment.images_per_step
+    window: list[Tensor] = []  # (2, layers) each, errors and energies of a micro-batch, on the device
+    epoch_loss, reported, waited = 0.0, 0, 0.0
+    begin = window_begin = time.perf_counter()
+    stem.train()
+    loader.batch_sampler.epoch = epoch
+    batches = iter(loader)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        for micro_step in range(1, accumulation + 1):
+            asked = time.perf_counter()
+            images = next(batches)
+            waited += time.perf_counter() - asked
+            images = [image.to(device, non_blocking=True) / 255 for image in images]
+            batch = transform(images)[0].tensors  # (B, 3, H, W): normalised, resized, padded, once
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            alone = world_size == 1 or micro_step == accumulation
+            with contextlib.nullcontext() if alone else stem.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    student_maps, teacher_maps = distiller(batch)
+                errors = losses.squared_errors(student_maps, teacher_maps)  # (layers,)
+                (errors.sum() * scale * world_size).backward()
+            window.append(torch.stack([errors.detach(), losses.energies(teacher_maps)]))
+        optimizer.step()
+        if step % log_every == 0 or step == steps:  # the only place that waits for the device
+            errors, energies = distributed.total(torch.stack(window).cpu().double().sum(0))
+            loss = errors.sum().item() * scale / (step - reported)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at epoch {epoch}, step {step}; the "
+                                         "checkpoints on disk are those of earlier epochs")
+            now = time.perf_counter()
+            report(kind="step", epoch=epoch, step=step, steps=steps, loss=loss,
+                   relative_errors=(errors / energies).tolist(), lr=optimizer.param_groups[0]["lr"],
+                   images_per_second=(step - reported) * experiment.images_per_step / (now - window_begin),
+                   data_wait=waited / (now - window_begin), peak_memory_mib=peak_memory_mib(device),
+                   eta_seconds=((experiment.epochs - epoch) * steps - step) * (now - begin) / step)
+            epoch_loss += loss * (step - reported)
+            window, waited, window_begin, reported = [], 0.0, now, step
+    return epoch_loss / steps
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory used so far, in MiB: the GPU's or, on the CPU, this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---- files of a run ------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run has come; stored in its checkpoints."""
+
+    run: str                  # which run wrote the file
+    train_images: int         # how many images an epoch is drawn from
+    epoch: int = -1           # the last one trained whole, counted from 0
+    validated: bool = True    # and whether it has been validated
+    best_value: float = -math.inf  # the best box mAP so far
+
+
+class Files:
+    """The files of a run: the best checkpoint, and in a folder beside it last.pt, metrics.jsonl, train.log."""
+
+    def __init__(self, output_dir: Path, arch: str) -> None:
+        teacher = f"{arch}_resnet50_fpn"
+        self.best = output_dir / f"coco2017-custom_{arch}_resnet_fpn_from_{teacher}.pt"  # torchdistill's
+        self.folder = output_dir / arch
+        self.last, self.metrics = self.folder / "last.pt", self.folder / "metrics.jsonl"
+
+    def claim(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Check that the files can be written; return last.pt's content if there is one to resume.
+
+        Raises FileExistsError rather than letting a run overwrite a checkpoint that it did not write.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(f"--output-dir {self.folder.parent} cannot be written: {error}") from error
+        last = models.load_checkpoint(self.last) if resume and self.last.exists() else None
+        mine = {self.last} if last else set()
+        if last and self.best.exists() and models.load_checkpoint(self.best).get("run") == last.get("run"):
+            mine.add(self.best)
+        for path in {self.last, self.best} - mine:
+            if path.exists() and not overwrite:
+                raise FileExistsError(
+                    f"{path} exists and this run did not write it; --resume continues a run from its "
+                    "last.pt, --output-dir names another folder, --overwrite replaces the file")
+        return last
+
+    def report(self, **values: Any) -> None:
+        """Append one record to metrics.jsonl, and log a line on it if it is a training step's."""
+        if values["kind"] == "step":
+            log("epoch {epoch} step {step}/{steps} loss {loss:.4e} relative errors {errors} lr {lr:.0e} "
+                "{images_per_second:.1f} img/s, data wait {data_wait:.0%}, {peak_memory_mib:.0f} MiB, "
+                "ETA {eta}".format(**values, eta=timedelta(seconds=round(values["eta_seconds"])),
+                                   errors=" ".join(f"{e:.4f}" for e in values["relative_errors"])))
+        if distributed.is_main():
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def trim_metrics(self, epoch: int) -> None:
+        """Drop from metrics.jsonl what was written after an epoch, because it is about to be repeated."""
+        if distributed.is_main():
+            lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+            kept = [line + "\n" for line in lines if json.loads(line)["epoch"] <= epoch]
+            self.metrics.write_text("".join(kept))
+
+
+def check_resumable(last: dict[str, Any], path: Path, experiment: Experiment, train_images: int) -> None:
+    """Raise ValueError unless last.pt was written by this experiment on as many images; epochs may differ."""
+    try:
+        before, now = dict(last["config"]), asdict(experiment)
+        before["images"], now["images"] = last["progress"]["train_images"], train_images
+        changed = [f"{key} {before[key]}, not {now[key]}" for key in now
+                   if key != "epochs" and before[key] != now[key]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} was not written by train.py (it lacks {error})") from error
+    if changed:
+        raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; give it "
+                         "those settings, or another --output-dir")
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def validate(student: nn.Module, val: evaluate.ValSet, args: argparse.Namespace, experiment: Experiment,
+             progress: Progress, mean_loss: float | None, report: Callable[..., None]) -> bool:
+    """Validate an epoch, update the progress, and tell how it went; returns whether it is the best."""
+    figures = evaluate.evaluate(student, val, args.device, args.workers, f"validation {progress.epoch}")
+    box_map = figures["bbox"][0]
+    best = box_map > progress.best_value
+    progress.best_value, progress.validated = max(box_map, progress.best_value), True
+    log(f"epoch {progress.epoch}: " + (f"mean loss {mean_loss:.4e}, " if mean_loss is not None else "")
+        + ", ".join(f"{kind} mAP {values[0]:.4f}" for kind, values in figures.items())
+        + (", the best so far" if best else f", best so far {progress.best_value:.4f}"))
+    full_recipe = replace(experiment, seed=0) == EXPERIMENTS[experiment.arch]
+    if full_recipe and not args.limit_train and not args.limit_val:
+        published = experiment.published_box_map[progress.epoch]
+        log(f"    published: mean loss {experiment.published_loss[progress.epoch]:.4e} (of the first 9,001 "
+            f"steps), bbox mAP " + (f"{published:.4f}" if published else "no better than before"))
+    report(kind="epoch", epoch=progress.epoch, loss=mean_loss, figures=figures, best=best)
+    return best
+
+
+def parse_args() -> argparse.Namespace:
+    parser = distributed.Parser(description="Train a student detector by head network distillation.")
+    parser.add_argument("--arch", choices=EXPERIMENTS, help="which experiment; needed unless --demo")
+    parser.add_argument("--demo", action="store_true",
+                        help=f"a small run on drawn images and a random teacher, below {DEMO_DIR}/")
+    evaluate.add_common_flags(parser)
+    parser.add_argument("--output-dir", type=Path, default=Path("coco/ghnd"), metavar="DIR",
+                        help="where the best checkpoint goes, and below it last.pt and logs (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="continue from last.pt, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace checkpoints of other runs")
+    parser.add_argument("--amp", choices=["bf16"], help="run the networks in bfloat16, the loss in float32")
+    parser.add_argument("--seed", type=evaluate.natural, default=0, metavar="N")
+    parser.add_argument("--epochs", type=evaluate.positive, default=20, metavar="N")
+    parser.add_argument("--images-per-step", type=evaluate.positive, default=12, metavar="N",
+                        help="over all processes together (%(default)s)")
+    parser.add_argument("--limit-train", type=evaluate.positive, metavar="N",
+                        help="only the first N images of train2017")
+    parser.add_argument("--log-every", type=evaluate.positive, default=100, metavar="STEPS")
+    if parser.parse_known_args()[0].demo:
+        parser.set_defaults(arch="fasterrcnn", data_dir=DEMO_DIR / "coco", output_dir=DEMO_DIR, min_size=128,
+                            max_size=224, epochs=5, log_every=1, workers=1)
+    args = parser.parse_args()
+    if args.arch is None:
+        parser.error("--arch fasterrcnn or --arch maskrcnn is needed")
+    args.data_dir = args.data_dir.expanduser()
+    if args.demo:
+        args.overwrite |= args.output_dir == DEMO_DIR  # a scratch folder, made for being overwritten
+        args.teacher_ckpt = args.teacher_ckpt or DEMO_DIR / f"teacher_{args.arch}.pt"
+    return args
+
+
+def prepare_demo(args: argparse.Namespace) -> None:
+    """Draw the demo's images and make its teacher, where they are not there from an earlier demo."""
+    if distributed.is_main() and not (args.data_dir / "annotations").exists():
+        data.write_demo_dataset(args.data_dir)
+    if distributed.is_main() and not args.teacher_ckpt.exists():
+        folder = args.data_dir / "train2017"
+        images = [data.read_image(path) / 255 for path in sorted(folder.iterdir())[:8]]
+        teacher = models.random_teacher(args.arch, images, 0, args.min_size, args.max_size)
+        models.save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
+    distributed.broadcast(None)
+
+
+def tell_demo(args: argparse.Namespace, files: Files) -> None:
+    """Say what the demo has shown: how far loss and relative errors went from first to last epoch."""
+    records = [json.loads(line) for line in files.metrics.read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    first, last = (
+        torch.tensor([[step["loss"], *step["relative_errors"]] for step in steps if step["epoch"] == epoch])
+        .mean(0).tolist() for epoch in (0, steps[-1]["epoch"]))
+    log("demo: from the first to the last epoch, the mean loss went "
+        f"from {first[0]:.3e} to {last[0]:.3e}, the relative error of "
+        + ", ".join(f"{name} from {a:.3f} to {b:.3f}"
+                    for name, a, b in zip(models.DISTILLED, first[1:], last[1:], strict=True)))
+    fell = all(a > b for a, b in zip(first, last))
+    log("demo: " + ("all fell: the student learns the teacher's features, from images alone"
+                    if fell else "not all fell: this is not what the demo should show")
+        + ". mAP means nothing here, since this teacher is random.\ndemo: evaluate the checkpoint with\n"
+        f"    python evaluate.py --ckpt {files.best} --teacher --teacher-ckpt {args.teacher_ckpt} "
+        f"--data-dir {args.data_dir} --min-size {args.min_size} --max-size {args.max_size}")
+
+
+def main() -> None:
+    args = parse_args()
+    args.device = device = distributed.start(args.device)
+    experiment = replace(
+        EXPERIMENTS[args.arch], epochs=args.epochs, images_per_step=args.images_per_step,
+        min_size=args.min_size, max_size=args.max_size, seed=args.seed)
+    micro_batch, accumulation = micro_batches(experiment.images_per_step, distributed.world_size())
+    files = Files(args.output_dir, args.arch)
+    last = files.claim(args.resume, args.overwrite)
+    distributed.log_to(files.folder / "train.log")
+    if args.demo:
+        prepare_demo(args)
+
+    # data
+    index, folder = data.load_split(args.data_dir, "train", args.limit_train)
+    if len(index) < experiment.images_per_step:
+        raise ValueError(f"there are {len(index)} images to train on, fewer than one step's "
+                         f"{experiment.images_per_step}: see {folder}, --limit-train, --images-per-step")
+    batches = data.GroupedBatches(
+        index, micro_batch, distributed.rank(), distributed.world_size(), experiment.seed)
+    loader = data.train_loader(data.CocoImages(index, folder), batches, args.workers, device.type == "cuda")
+    val = evaluate.ValSet(args.data_dir, args.limit_val)
+
+    # teacher, student, optimizer
+    with distributed.main_first():
+        teacher = models.load_teacher(args.arch, args.teacher_ckpt, args.min_size, args.max_size).to(device)
+    torch.manual_seed(experiment.seed)
+    student = models.build_student(teacher, experiment.bottleneck_channels).to(device)
+    distiller = models.Distiller(teacher, student).to(memory_format=torch.channels_last)
+    stem = distiller.student_stem
+    optimizer = torch.optim.Adam([p for p in stem.parameters() if p.requires_grad], lr=experiment.lr)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, list(experiment.lr_drops), experiment.lr_drop_factor)
+
+    # what an earlier run with --resume has reached
+    progress = Progress(run=uuid.uuid4().hex, train_images=len(index))
+    if last is not None:
+        check_resumable(last, files.last, experiment, len(index))
+        models.load_weights(student, models.detector_state(last, files.last), files.last)
+        optimizer.load_state_dict(last["optimizer"])
+        scheduler.load_state_dict(last["lr_scheduler"])
+        progress = Progress(**last["progress"])
+        log(f"resuming after epoch {progress.epoch}, best box mAP so far {progress.best_value:.4f}")
+    files.trim_metrics(progress.epoch)
+    if distributed.world_size() > 1:
+        distiller.student_stem = DistributedDataParallel(
+            stem, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
+    log(f"{args.arch}: {len(index)} training images, {len(batches) // accumulation} steps an epoch of "
+        f"{distributed.world_size()} processes x {accumulation} x {micro_batch} images; "
+        f"{len(val.index)} validation images; on {device.type}")
+
+    def save(path: Path) -> None:
+        if distributed.is_main():  # torchdistill's entries, then ours
+            models.save_checkpoint({
+                "model": student.state_dict(), "optimizer": optimizer.state_dict(),
+                "lr_scheduler": scheduler.state_dict(), "best_value": progress.best_value,
+                "config": asdict(experiment), "args": None, "run": progress.run,
+                "progress": asdict(progress)}, path)
+
+    def finish_epoch(mean_loss: float | None) -> None:
+        if validate(student, val, args, experiment, progress, mean_loss, files.report):
+            save(files.best)
+        save(files.last)
+
+    if not progress.validated:
+        finish_epoch(None)
+    for epoch in range(progress.epoch + 1, experiment.epochs):
+        mean_loss = train_epoch(experiment, distiller, teacher.transform, loader, optimizer, epoch,
+                                args.amp == "bf16", args.log_every, files.report)
+        scheduler.step()
+        distributed.broadcast_buffers(stem)
+        progress.epoch, progress.validated = epoch, False
+        save(files.last)  # so that a crash while validating does not cost the epoch
+        finish_epoch(mean_loss)
+
+    distributed.broadcast(None)  # the best checkpoint is written by now
+    models.load_weights(student, models.detector_state(models.load_checkpoint(files.best), files.best), files.best)
+    figures = {who: evaluate.evaluate(detector, val, device, args.workers, f"test of the {who}")
+               for who, detector in (("teacher", teacher), ("student", student))}
+    files.report(kind="test", epoch=progress.epoch, figures=figures)
+    log(f"{files.best}\n{evaluate.table(figures, args.arch)}")
+    if args.demo and distributed.is_main():
+        tell_demo(args, files)
+
+
+if __name__ == "__main__":
+    with distributed.session():
+        main()
