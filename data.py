@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import tempfile
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -61,7 +62,7 @@ def _load_index(annotation_file: Path) -> CocoIndex:
     user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ghnd"
     caches = [annotation_file.with_suffix(".index.npz"), user_cache / f"{name}.npz"]
     for cache in caches:
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):  # absent or damaged
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with np.load(cache, allow_pickle=False) as stored:
                 if np.array_equal(stored["fingerprint"], fingerprint):
                     return CocoIndex(**{key: stored[key] for key in CocoIndex.__annotations__})

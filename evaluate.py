@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -160,8 +161,8 @@ def add_common_flags(parser: distributed.Parser) -> None:
     parser.add_argument("--teacher-ckpt", metavar="FILE",
                         help="the teacher's weights, a torchvision state dict; default: download COCO_V1")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
-    parser.add_argument("--workers", type=natural, default=4, metavar="N",
-                        help="image-loading processes per GPU, 0 for none (%(default)s)")
+    parser.add_argument("--workers", type=natural, default=min(4, os.cpu_count() or 1), metavar="N",
+                        help="image-loading processes per process, 0 for none (%(default)s)")
     parser.add_argument("--limit-val", type=positive, metavar="N", help="only the first N images of val2017")
     parser.add_argument("--min-size", type=positive, default=800, metavar="PX",
                         help="resize the shorter side to this (%(default)s)")

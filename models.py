@@ -66,8 +66,9 @@ def load_teacher(arch: str, path: str | None = None, min_size: int = 800, max_si
                           "elsewhere and name the file with --teacher-ckpt") from error
     else:
         state = detector_state(load_checkpoint(path), path)
-        if any(".layer1.encoder." in key for key in state):
-            raise ValueError(f"{path} holds a student with a bottleneck, not a torchvision teacher")
+        if any(".layer1.encoder." in key for key in state) or architecture(state) != arch:
+            raise ValueError(f"{path} does not hold a teacher for --arch {arch}, which is torchvision's "
+                             f"{arch}_resnet50_fpn")
     load_weights(teacher, state, path or COCO_V1[arch].url)
     return teacher
 
@@ -239,13 +240,18 @@ def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path
         raise ValueError(f"{path} does not fit {type(detector).__name__}: {reason[:300]}") from error
 
 
+def architecture(state: dict[str, Tensor]) -> str:
+    """Return "maskrcnn" or "fasterrcnn": no file says which detector it holds, other than by its keys."""
+    return "maskrcnn" if any(key.startswith("roi_heads.mask_head.") for key in state) else "fasterrcnn"
+
+
 def load_student(path: str | Path, min_size: int = 800, max_size: int = 1333) -> tuple[nn.Module, str]:
     """Build the student that a checkpoint holds. Returns it in eval mode, and its architecture.
 
-    No file says which detector it is, so the keys decide, and the shapes give the bottleneck's width.
+    The width of its bottleneck follows from the shapes.
     """
     state = detector_state(load_checkpoint(path), path)
-    arch = "maskrcnn" if any(key.startswith("roi_heads.mask_head.") for key in state) else "fasterrcnn"
+    arch = architecture(state)
     narrowest = state.get("backbone.body.layer1.encoder.7.weight")
     if narrowest is None or narrowest.dim() != 4:
         raise ValueError(f"{path} holds no student: it has no bottleneck in backbone.body.layer1")
@@ -263,8 +269,9 @@ def random_teacher(arch: str, images: list[Tensor], seed: int = 0, min_size: int
     """Build a seeded random detector whose features are well scaled and which detects something.
 
     images: float (3, h, w) in [0, 1]. One pass over them sets every FrozenBatchNorm2d's statistics
-    to those of its input, and the spread of the class scores, which is too even when random for
-    anything to pass the score threshold of 0.05. It knows nothing: for demonstrations and tests.
+    to those of its input, and spreads the class scores, which are random and too even to pass the
+    score threshold of 0.05. It knows nothing and finds only categories 1 and 2, which are those of
+    the demo data set: for demonstrations and tests.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -281,6 +288,7 @@ def random_teacher(arch: str, images: list[Tensor], seed: int = 0, min_size: int
         scores = F.linear(inputs[0], linear.weight)  # (RoIs, 91)
         linear.weight.mul_(3 / (scores - scores.mean(0)).std())
         linear.bias.copy_(-F.linear(inputs[0], linear.weight).mean(0))
+        linear.bias[3:] -= 20
 
     norms = [m for m in detector.modules() if isinstance(m, FrozenBatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(calibrate) for norm in norms]

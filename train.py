@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
 import data
@@ -94,6 +95,11 @@ def micro_batches(images_per_step: int, world_size: int) -> tuple[int, int]:
             "--nproc_per_node, or depart from the published recipe with --images-per-step"))
     micro = max(size for size in (1, 2, 3, 4) if per_process % size == 0)
     return micro, per_process // micro
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, experiment: Experiment) -> MultiStepLR:
+    """Return the schedule, which is to be stepped once an epoch."""
+    return MultiStepLR(optimizer, list(experiment.lr_drops), experiment.lr_drop_factor)
 
 
 # ---- one epoch -----------------------------------------------------------------------------------
@@ -354,8 +360,7 @@ def main() -> None:
     distiller = models.Distiller(teacher, student).to(memory_format=torch.channels_last)
     stem = distiller.student_stem
     optimizer = torch.optim.Adam([p for p in stem.parameters() if p.requires_grad], lr=experiment.lr)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, list(experiment.lr_drops), experiment.lr_drop_factor)
+    scheduler = build_scheduler(optimizer, experiment)
 
     # what an earlier run with --resume has reached
     progress = Progress(run=uuid.uuid4().hex, train_images=len(index))
@@ -369,8 +374,9 @@ def main() -> None:
     files.trim_metrics(progress.epoch)
     if distributed.world_size() > 1:
         distiller.student_stem = DistributedDataParallel(
-            stem, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+            stem, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        # running statistics are broadcast once an epoch instead; the argument of this name is deprecated
+        distiller.student_stem.broadcast_buffers = False
     log(f"{args.arch}: {len(index)} training images, {len(batches) // accumulation} steps an epoch of "
         f"{distributed.world_size()} processes x {accumulation} x {micro_batch} images; "
         f"{len(val.index)} validation images; on {device.type}")

@@ -1,0 +1,186 @@
+import contextlib
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZE_FLAGS, SIZES, figures_of, run
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import data
+import evaluate
+import models
+
+CPU = torch.device("cpu")
+
+
+def plain_figures(annotation_file, results, kind):
+    """The figures as pycocotools' own documentation has them: one process, all images, files only."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(annotation_file))
+        evaluation = COCOeval(coco, coco.loadRes(str(results)), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+def random_results(coco, kind, seed=0):
+    """Results near the annotations of most images, with their scores tied now and then, and some junk."""
+    rng, results = np.random.default_rng(seed), []
+    for image_id in coco.getImgIds():
+        image = coco.imgs[image_id]
+        for annotation in coco.imgToAnns[image_id] if image_id % 5 else []:
+            for _ in range(rng.integers(2, 24)):
+                x, y, w, h = np.array(annotation["bbox"]) + rng.normal(0, 6, 4)
+                x, y = max(x, 0), max(y, 0)
+                w, h = max(min(w, image["width"] - x), 2), max(min(h, image["height"] - y), 2)
+                category = annotation["category_id"] if rng.random() < 0.8 else int(rng.integers(1, 91))
+                mask = np.zeros((image["height"], image["width"]), np.uint8, order="F")
+                mask[int(y) : int(y + h), int(x) : int(x + w)] = 1
+                rle = coco_mask.encode(mask)
+                results.append({"image_id": image_id, "category_id": category, "bbox": [x, y, w, h],
+                                "score": round(float(rng.random()), 1),
+                                "segmentation": {**rle, "counts": rle["counts"].decode()}})
+    return results
+
+
+def test_masks_are_encoded_as_pycocotools_encodes_each(dataset):
+    torch.manual_seed(0)
+    n, h, w = 7, 53, 38
+    boxes = torch.rand(n, 2).mul(20).repeat(1, 2) + torch.tensor([0, 0, 9.5, 12.25])
+    output = {"boxes": boxes, "labels": torch.arange(1, n + 1), "scores": torch.rand(n),
+              "masks": torch.nn.functional.interpolate(torch.rand(n, 1, 9, 7), (h, w), mode="bilinear")}
+    results = evaluate.to_coco(42, output)
+    assert len(results) == n
+    for i, result in enumerate(results):
+        assert result["image_id"] == 42 and result["category_id"] == i + 1
+        assert result["score"] == output["scores"][i].item()
+        x0, y0, x1, y1 = boxes[i]
+        assert result["bbox"] == [x0.item(), y0.item(), (x1 - x0).item(), (y1 - y0).item()]
+        wanted = coco_mask.encode(np.asfortranarray((output["masks"][i, 0] > 0.5).numpy().astype(np.uint8)))
+        assert result["segmentation"] == {"size": [h, w], "counts": wanted["counts"].decode()}
+    assert 0 < coco_mask.area(results[0]["segmentation"]) < h * w
+    json.dumps(results)
+    nothing = {key: value[:0] for key, value in output.items()}
+    assert evaluate.to_coco(42, nothing) == []
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_figures_are_those_of_plain_pycocotools(dataset, tmp_path, kind):
+    val = evaluate.ValSet(dataset)
+    results = random_results(val.coco, kind)
+    assert len(results) > 200 and len({r["image_id"] for r in results}) < len(val.index)
+    figures = evaluate.coco_figures(val.coco, results, val.index.ids.tolist(), kind)
+    keep = {"bbox": "segmentation", "segm": "bbox"}[kind]
+    (tmp_path / "results.json").write_text(json.dumps([{k: v for k, v in r.items() if k != keep} for r in results]))
+    annotation_file = dataset / "annotations" / "instances_val2017.json"
+    assert figures == plain_figures(annotation_file, tmp_path / "results.json", kind)
+    assert 0.1 < figures[0] < 0.9 and len(figures) == len(evaluate.FIGURES) == 12
+
+
+def test_limit_counts_the_first_images_only(dataset):
+    val, some = evaluate.ValSet(dataset), evaluate.ValSet(dataset, 4)
+    results = random_results(val.coco, "bbox")
+    of_some = [r for r in results if r["image_id"] in some.index.ids]
+    assert len(some.images) == 4
+    figures = evaluate.coco_figures(some.coco, of_some, some.index.ids.tolist(), "bbox")
+    assert figures != evaluate.coco_figures(val.coco, of_some, val.index.ids.tolist(), "bbox")
+    assert figures[0] > 0
+
+
+class Fake(torch.nn.Module):
+    """A detector that finds nothing, or the same few boxes everywhere."""
+
+    def __init__(self, boxes):
+        super().__init__()
+        self.boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        self.roi_heads = torch.nn.Module()
+        self.roi_heads.has_mask = lambda: False
+
+    def forward(self, images):
+        assert len(images) == 1 and images[0].dtype == torch.float32 and 0 <= images[0].min() <= images[0].max() <= 1
+        n = len(self.boxes)
+        return [{"boxes": self.boxes, "labels": torch.ones(n, dtype=int), "scores": torch.ones(n)}]
+
+
+def test_a_detector_that_finds_nothing_scores_zero(dataset):
+    val = evaluate.ValSet(dataset)
+    figures = evaluate.evaluate(Fake([]), val, CPU, 0)
+    assert list(figures) == ["bbox"] and set(figures["bbox"]) <= {0.0, -1.0} and figures["bbox"][0] == 0
+    x, y, w, h = next(a["bbox"] for a in val.coco.dataset["annotations"] if a["category_id"] == 1)
+    assert evaluate.evaluate(Fake([[x, y, x + w, y + h]]), val, CPU, 0)["bbox"][6] > 0
+
+
+@pytest.mark.parametrize("arch, kinds", [("fasterrcnn", ["bbox"]), ("maskrcnn", ["bbox", "segm"])])
+def test_a_detectors_saved_results_give_its_figures(arch, kinds, dataset, teachers, tmp_path):
+    teacher = models.load_teacher(arch, teachers[arch], **SIZES)
+    figures = evaluate.evaluate(teacher, evaluate.ValSet(dataset), CPU, 0, save_to=tmp_path / "r.json")
+    assert list(figures) == kinds and figures["bbox"][0] > 0
+    files = {"bbox": tmp_path / "r.json", "segm": tmp_path / "r.segm.json"}
+    for kind in kinds:
+        assert figures[kind] == plain_figures(
+            dataset / "annotations" / "instances_val2017.json", files[kind], kind)
+    assert len(json.loads(files["bbox"].read_text())) > 300
+    assert files["segm"].exists() == (arch == "maskrcnn")
+
+
+def test_original_way_gives_the_same_results(dataset, teachers):
+    """torchvision's detector on a Pillow-like float image, boxes and masks taken one by one."""
+    teacher = models.load_teacher("maskrcnn", teachers["maskrcnn"], **SIZES)
+    val = evaluate.ValSet(dataset, 3)
+    results = evaluate.detect(teacher, val, CPU, 0, "")
+    for position, found in enumerate(results):
+        image = data.read_image(dataset / "val2017" / val.index.names[position]).float().div(255)
+        with torch.no_grad():
+            output = teacher([image])[0]
+        assert len(found) == len(output["boxes"]) > 0
+        for result, box, mask in zip(found, output["boxes"], output["masks"]):
+            np.testing.assert_allclose(result["bbox"][:2], box[:2].tolist(), atol=1e-3)
+            wanted = coco_mask.encode(np.asfortranarray((mask[0] > 0.5).numpy().astype(np.uint8)))
+            mine = coco_mask.decode(result["segmentation"])
+            assert np.mean(mine != coco_mask.decode(wanted)) < 1e-3
+
+
+def run_evaluate(dataset, checkpoints, *flags, nproc=None):
+    return run("evaluate.py", "--ckpt", checkpoints["maskrcnn"], "--data-dir", dataset, *SIZE_FLAGS, *flags,
+               nproc=nproc)
+
+
+def test_command_prints_the_figures_of_teacher_and_student(dataset, checkpoints, teachers):
+    process = run_evaluate(dataset, checkpoints, "--teacher", "--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 4)
+    figures = figures_of(process)
+    assert list(figures) == ["teacher", "student"] and figures["teacher"]["bbox"][0] > 0
+    assert figures["teacher"] != figures["student"]
+    for text in ("published", "0.379", "0.346", "0.369", "0.336", *(f"{x:.4f}" for x in figures["teacher"]["bbox"])):
+        assert text in process.stdout
+
+
+@pytest.fixture(scope="module")
+def figures_of_one_process(dataset, checkpoints):
+    return figures_of(run_evaluate(dataset, checkpoints))
+
+
+@pytest.mark.parametrize("nproc", [2, 3, 5])
+def test_figures_are_the_same_on_any_number_of_processes(nproc, dataset, checkpoints, tmp_path, figures_of_one_process):
+    process = run_evaluate(dataset, checkpoints, "--save-detections", tmp_path / "r.json", nproc=nproc)
+    figures = figures_of(process)
+    assert figures == figures_of_one_process
+    for kind, file in (("bbox", "r.json"), ("segm", "r.segm.json")):
+        assert figures["student"][kind] == plain_figures(
+            dataset / "annotations" / "instances_val2017.json", tmp_path / file, kind)
+    images = [r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())]
+    assert images == sorted(images) and len(set(images)) > 1  # in the data set's order, whoever saw them
+
+
+def test_reported_figures_are_the_published_ones():
+    assert {arch: r["student"] for arch, r in evaluate.REPORTED.items()} == {
+        "fasterrcnn": {"bbox": 0.359}, "maskrcnn": {"bbox": 0.369, "segm": 0.336}}
+    for arch, reported in evaluate.REPORTED.items():
+        metrics = models.COCO_V1[arch].meta["_metrics"]["COCO-val2017"]
+        assert math.isclose(reported["teacher"]["bbox"], metrics["box_map"] / 100)
+        assert math.isclose(reported["teacher"].get("segm", 0), metrics.get("mask_map", 0) / 100)
