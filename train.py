@@ -12,7 +12,6 @@ import resource
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -174,7 +173,6 @@ def peak_memory_mib(device: torch.device) -> float:
 class Progress:
     """How far a run has come; stored in its checkpoints."""
 
-    run: str                  # which run wrote the file
     train_images: int         # how many images an epoch is drawn from
     epoch: int = -1           # the last one trained whole, counted from 0
     validated: bool = True    # and whether it has been validated
@@ -202,11 +200,9 @@ class Files:
         except OSError as error:
             raise OSError(f"--output-dir {self.folder.parent} cannot be written: {error}") from error
         last = models.load_checkpoint(self.last) if resume and self.last.exists() else None
-        mine = {self.last} if last else set()
-        if last and self.best.exists() and models.load_checkpoint(self.best).get("run") == last.get("run"):
-            mine.add(self.best)
-        for path in {self.last, self.best} - mine:
-            if path.exists() and not overwrite:
+        for path in (self.last, self.best):
+            if path.exists() and not overwrite and (
+                    last is None or recipe(models.load_checkpoint(path)) != recipe(last)):
                 raise FileExistsError(
                     f"{path} exists and this run did not write it; --resume continues a run from its "
                     "last.pt, --output-dir names another folder, --overwrite replaces the file")
@@ -231,15 +227,20 @@ class Files:
             self.metrics.write_text("".join(kept))
 
 
+def recipe(content: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a checkpoint's experiment, but for the number of epochs, which may grow on resuming."""
+    config = content.get("config")
+    return {**config, "epochs": None} if isinstance(config, dict) else None
+
+
 def check_resumable(last: dict[str, Any], path: Path, experiment: Experiment, train_images: int) -> None:
-    """Raise ValueError unless last.pt was written by this experiment on as many images; epochs may differ."""
+    """Raise ValueError unless last.pt was written by this experiment on as many images."""
+    now = recipe({"config": asdict(experiment)}) | {"images": train_images}
     try:
-        before, now = dict(last["config"]), asdict(experiment)
-        before["images"], now["images"] = last["progress"]["train_images"], train_images
-        changed = [f"{key} {before[key]}, not {now[key]}" for key in now
-                   if key != "epochs" and before[key] != now[key]]
+        before = recipe(last) | {"images": last["progress"]["train_images"]}
+        changed = [f"{key} {before[key]}, not {now[key]}" for key in now if before[key] != now[key]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} was not written by train.py (it lacks {error})") from error
+        raise ValueError(f"{path} was not written by train.py ({error})") from error
     if changed:
         raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; give it "
                          "those settings, or another --output-dir")
@@ -363,7 +364,7 @@ def main() -> None:
     scheduler = build_scheduler(optimizer, experiment)
 
     # what an earlier run with --resume has reached
-    progress = Progress(run=uuid.uuid4().hex, train_images=len(index))
+    progress = Progress(train_images=len(index))
     if last is not None:
         check_resumable(last, files.last, experiment, len(index))
         models.load_weights(student, models.detector_state(last, files.last), files.last)
@@ -386,8 +387,7 @@ def main() -> None:
             models.save_checkpoint({
                 "model": student.state_dict(), "optimizer": optimizer.state_dict(),
                 "lr_scheduler": scheduler.state_dict(), "best_value": progress.best_value,
-                "config": asdict(experiment), "args": None, "run": progress.run,
-                "progress": asdict(progress)}, path)
+                "config": asdict(experiment), "args": None, "progress": asdict(progress)}, path)
 
     def finish_epoch(mean_loss: float | None) -> None:
         if validate(student, val, args, experiment, progress, mean_loss, files.report):

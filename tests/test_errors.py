@@ -213,7 +213,7 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     assert call(train, *flags, "--resume")[0] == 0  # nothing left to train
     assert digests(out)[best] == written[best]
 
-    torch.save({"model": {}, "run": "another"}, best)
+    torch.save({"model": {}, "config": {"train": {"num_epochs": 20}}}, best)
     before = digests(out)
     assert_told(call(train, *flags, "--resume", "--epochs", "2"), 1, best, "did not write it")
     best.write_bytes(b"junk")
@@ -226,6 +226,7 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     assert_told(call(train, *flags, "--resume"), 1, "last.pt was refused")
     torch.save({"some": "thing"}, out / "fasterrcnn" / "last.pt")
     assert_told(call(train, *flags, "--resume"), 1, "last.pt was not written by train.py")
+
 
 
 def test_a_loss_that_is_not_finite_saves_nothing(call, flags, teachers, tmp_path):
