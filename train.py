@@ -31,7 +31,6 @@ import losses
 import models
 from distributed import log
 
-
 # ---- the experiments -----------------------------------------------------------------------------
 
 

@@ -3,12 +3,16 @@
 Started by test_parity.py in a process of its own, with the folder of 0.0.1 first on PYTHONPATH, as
     python original.py student ARCH CHECKPOINT OUTPUT
     python original.py batches ANNOTATIONS OUTPUT
+and by benchmark.py, which reads the JSON of the last line printed, as
+    python original.py load DATA_DIR | start DATA_DIR | masks OUTPUTS
 """
 
 import argparse
 import collections
 import json
+import resource
 import sys
+import time
 import types
 
 import numpy as np
@@ -83,5 +87,58 @@ def batches(annotations, output):
         json.dump(found, file)
 
 
+def coco_dataset(folder):
+    """The training set of 0.0.1 as its configuration builds it: flips, polygons turned to masks."""
+    from torchdistill.datasets import coco
+
+    transforms = coco.Compose([coco.ImageToTensor(), coco.CocoRandomHorizontalFlip(0.5)])
+    return coco.get_coco(f"{folder}/train2017", f"{folder}/annotations/instances_train2017.json", transforms,
+                         annotated_only=True, is_segment=False)
+
+
+def load(folder):
+    """Seconds to load and prepare one image, of three passes the fastest."""
+    torch.set_num_threads(1)
+    dataset, passes = coco_dataset(folder), []
+    for _ in range(3):
+        begin = time.perf_counter()
+        for i in range(len(dataset)):
+            dataset[i]
+        passes.append((time.perf_counter() - begin) / len(dataset))
+    print(json.dumps(min(passes)))
+
+
+def start(folder):
+    """Seconds and MiB that the training set takes until its first batch is known."""
+    from torch.utils.data import DistributedSampler
+    from torchdistill.datasets import sampler
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+    before, begin = resident(), time.perf_counter()
+    dataset = coco_dataset(folder)
+    grouped = sampler.GroupedBatchSampler(
+        DistributedSampler(dataset, 3, 0), sampler.create_aspect_ratio_groups(dataset, k=3), 4)
+    next(iter(grouped))
+    print(json.dumps([time.perf_counter() - begin, resident() - before]))
+
+
+def masks(file):
+    """Seconds an image to turn detections with masks into COCO results, for boxes and for masks."""
+    from torchdistill.eval.coco import CocoEvaluator
+
+    outputs, evaluator = torch.load(file), CocoEvaluator.__new__(CocoEvaluator)
+    passes = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        for image_id, output in outputs.items():
+            evaluator.prepare({image_id: output}, "bbox")
+            evaluator.prepare({image_id: output}, "segm")
+        passes.append((time.perf_counter() - begin) / len(outputs))
+    print(json.dumps(sorted(passes)[1]))
+
+
 if __name__ == "__main__":
-    {"student": student, "batches": batches}[sys.argv[1]](*sys.argv[2:])
+    {"student": student, "batches": batches, "load": load, "start": start, "masks": masks}[sys.argv[1]](*sys.argv[2:])

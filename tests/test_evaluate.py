@@ -10,6 +10,7 @@ from conftest import SIZE_FLAGS, SIZES, figures_of, run
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import data
 import evaluate
@@ -51,10 +52,16 @@ def random_results(coco, kind, seed=0):
 
 def test_masks_are_encoded_as_pycocotools_encodes_each(dataset):
     torch.manual_seed(0)
-    n, h, w = 7, 53, 38
-    boxes = torch.rand(n, 2).mul(20).repeat(1, 2) + torch.tensor([0, 0, 9.5, 12.25])
+    h, w = 53, 38
+    boxes = torch.cat([torch.rand(60, 2) * torch.tensor([30, 44]), torch.rand(60, 2) * 40], 1)
+    boxes[:, 2:] = torch.minimum(boxes[:, :2] + boxes[:, 2:], torch.tensor([w, h]))
+    boxes = torch.cat([boxes, torch.tensor([[0, 0, w, h], [0, 0, w, 9], [5, 0, 9, h], [0, h - 1, w, h], [3, 3, 3, 3]])])
+    n = len(boxes)  # anywhere, then: all, the top, whole columns, the last row, nothing
+    probabilities = torch.rand(n, 1, 28, 28)
+    probabilities[60:64] = torch.tensor([1, 1, 0.9, 1]).reshape(4, 1, 1, 1)  # solid, to the very edges
+    probabilities[7] = 0
     output = {"boxes": boxes, "labels": torch.arange(1, n + 1), "scores": torch.rand(n),
-              "masks": torch.nn.functional.interpolate(torch.rand(n, 1, 9, 7), (h, w), mode="bilinear")}
+              "masks": paste_masks_in_image(probabilities, boxes, (h, w))}
     results = evaluate.to_coco(42, output)
     assert len(results) == n
     for i, result in enumerate(results):
@@ -64,10 +71,21 @@ def test_masks_are_encoded_as_pycocotools_encodes_each(dataset):
         assert result["bbox"] == [x0.item(), y0.item(), (x1 - x0).item(), (y1 - y0).item()]
         wanted = coco_mask.encode(np.asfortranarray((output["masks"][i, 0] > 0.5).numpy().astype(np.uint8)))
         assert result["segmentation"] == {"size": [h, w], "counts": wanted["counts"].decode()}
-    assert 0 < coco_mask.area(results[0]["segmentation"]) < h * w
+    areas = coco_mask.area([result["segmentation"] for result in results])
+    assert areas[7] == 0 and areas[60] > 0.9 * h * w and 0 < areas[0] < h * w
     json.dumps(results)
     nothing = {key: value[:0] for key, value in output.items()}
     assert evaluate.to_coco(42, nothing) == []
+
+
+def test_masks_that_touch_every_edge_are_encoded_alike():
+    rng = np.random.default_rng(0)
+    masks = np.kron(rng.random((40, 3, 4)), np.ones((1, 5, 6))).astype(np.float32)  # blocks: whole columns too
+    masks[0], masks[1], masks[2, :, 3] = 1, 0, 1
+    everywhere = np.tile(np.array([0, 0, 24, 15], np.float32), (40, 1))
+    ours = evaluate.encode_masks(masks, everywhere)
+    wanted = coco_mask.encode(np.asfortranarray((masks > 0.5).transpose(1, 2, 0).astype(np.uint8)))
+    assert ours == [{**rle, "counts": rle["counts"].decode()} for rle in wanted]
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])

@@ -292,7 +292,7 @@ def test_bfloat16_trains_too(dataset, teachers, tmp_path):
                                            12, "--limit-val", 2, "--amp", "bf16"))
     assert process.returncode == 0, process.stderr
     step, = records(tmp_path / "fasterrcnn", "step")
-    assert 0 < step["loss"] and all(0 < e < 3 for e in step["relative_errors"])
+    assert step["loss"] > 0 and all(0 < e < 3 for e in step["relative_errors"])
 
 
 def test_the_demo_shows_what_it_says(tmp_path):

@@ -1,0 +1,98 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+
+import distributed
+
+COLLECTIVES = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+import distributed
+from distributed import log
+with distributed.session():
+    device = distributed.start("cpu")
+    rank, world = distributed.rank(), distributed.world_size()
+    assert device.type == "cpu" and distributed.is_main() == (rank == 0)
+    assert distributed.broadcast({"rank": rank}) == {"rank": 0}
+    gathered = distributed.gather([rank] * rank)
+    assert gathered == ([[r] * r for r in range(world)] if rank == 0 else None)
+    assert distributed.total(torch.tensor([1.0, rank])).tolist() == [world, sum(range(world))]
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean += rank + 1
+    norm.num_batches_tracked += rank
+    weight = norm.weight.detach().clone()
+    distributed.broadcast_buffers(norm)
+    assert norm.running_mean.tolist() == [1, 1] and norm.num_batches_tracked == 0
+    assert torch.equal(norm.weight, weight)
+    marker = Path(sys.argv[2])
+    with distributed.main_first():
+        if rank == 0:
+            time.sleep(1)
+            marker.touch()
+        assert marker.exists()
+    log(f"said by {rank}")
+    print(f"done {rank}")
+"""
+
+FAILURE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+import distributed
+with distributed.session():
+    distributed.start("cpu")
+    if distributed.rank() == 1:
+        raise {error}
+    distributed.total(torch.zeros(1))  # waits for rank 1, in vain
+"""
+
+
+@pytest.mark.parametrize("nproc", [None, 2, 3])
+def test_collectives(nproc, tmp_path):
+    (tmp_path / "script.py").write_text(COLLECTIVES)
+    process = run(tmp_path / "script.py", Path(distributed.__file__).parent, tmp_path / "marker", nproc=nproc)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("said by") == 1 and "said by 0" in process.stdout
+    assert sorted(line for line in process.stdout.splitlines() if line.startswith("done")) == [
+        f"done {rank}" for rank in range(nproc or 1)]
+
+
+@pytest.mark.parametrize("error, traceback", [("ValueError('the reason')", False), ("RuntimeError('the reason')", True)])
+def test_a_process_that_fails_ends_the_others_with_its_reason_told_once(error, traceback, tmp_path):
+    (tmp_path / "script.py").write_text(FAILURE.replace("{error}", error))
+    process = run(tmp_path / "script.py", Path(distributed.__file__).parent, nproc=3, timeout=60)
+    assert process.returncode != 0
+    assert process.stderr.count("script.py: error: ") == 1 and process.stderr.count("the reason") >= 1
+    assert (f"in <module>\n    raise {error}" in process.stderr) == traceback
+    assert "Connection closed" not in process.stderr
+
+
+def test_device_is_chosen(monkeypatch):
+    assert distributed.start("cpu") == torch.device("cpu")
+    assert distributed.start("auto").type in ("cpu", "cuda", "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert distributed.start("auto").type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert distributed.start("auto").type == "mps"
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device mps needs"):
+        distributed.start("mps")
+
+
+def test_user_errors_become_one_line_and_a_status(capsys):
+    for error, status, text in (
+            (FileNotFoundError("x is missing"), 1, ": error: x is missing\n"), (ValueError("bad"), 1, ": error: bad\n"),
+            (distributed.argparse.ArgumentError(None, "flag"), 2, ": error: flag\n"),
+            (KeyboardInterrupt(), 130, ": error: interrupted\n"),
+            (ValueError("Caught ValueError in worker 0.\nOriginal Traceback (most recent call last):\n  File\n"
+                        "ValueError: image x: bad\n"), 1, ": error: image x: bad\n")):
+        with pytest.raises(SystemExit) as exit, distributed.session():
+            raise error
+        assert exit.value.code == status
+        assert capsys.readouterr().err.endswith(text)
