@@ -61,7 +61,9 @@ def pictures(count, h, w, seed=0):
     for _ in range(count):
         coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, h // 16 + 1, w // 16 + 1))).float()
         smooth = F.interpolate(coarse, (h, w), mode="bilinear")[0]
-        yield (smooth + torch.from_numpy(rng.normal(0, 10, (3, h, w)))).clamp(0, 255).to(torch.uint8)
+        yield (
+            (smooth + torch.from_numpy(rng.normal(0, 10, (3, h, w)))).clamp(0, 255).to(torch.uint8)
+        )
 
 
 # ---- the training step
@@ -80,7 +82,9 @@ def make_steps(min_size, max_size, device, images):
     import test_parity
     from torchdistill.core.distillation import get_distillation_box
 
-    teacher = models.random_teacher("fasterrcnn", [image / 255 for image in images[:1]], 0, min_size, max_size)
+    teacher = models.random_teacher(
+        "fasterrcnn", [image / 255 for image in images[:1]], 0, min_size, max_size
+    )
     path = Path(tempfile.mkdtemp()) / "teacher.pt"
     torch.save(teacher.state_dict(), path)
 
@@ -90,30 +94,53 @@ def make_steps(min_size, max_size, device, images):
 
     def original():
         (own, _), (_, student) = pair(), pair()  # frozen layers twice, as there
-        box = get_distillation_box(own, student, {}, test_parity.box_config(), device, None, False, 1.0)
+        box = get_distillation_box(
+            own, student, {}, test_parity.box_config(), device, None, False, 1.0
+        )
         box.pre_epoch_process(epoch=0)
         own.eval()
 
         def step():
-            loss = box.forward_process([image.to(device).float() / 255 for image in images], None, None)
+            loss = box.forward_process(
+                [image.to(device).float() / 255 for image in images], None, None
+            )
             box.post_forward_process(loss=loss)
             loss.item()  # its loop logs every step
+
         return step
 
     def ours(bf16):
         own, student = pair()
         distiller = models.Distiller(own, student).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.Adam([p for p in distiller.student_stem.parameters() if p.requires_grad], lr=1e-3)
+        optimizer = torch.optim.Adam(
+            [p for p in distiller.student_stem.parameters() if p.requires_grad], lr=1e-3
+        )
         experiment = replace(train.FASTERRCNN, images_per_step=len(images))
-        return lambda: train.train_epoch(experiment, distiller, own.transform, Loader([images]), optimizer, 0, bf16,
-                                         100, lambda **_: None)
+        return lambda: train.train_epoch(
+            experiment,
+            distiller,
+            own.transform,
+            Loader([images]),
+            optimizer,
+            0,
+            bf16,
+            100,
+            lambda **_: None,
+        )
 
     def floor():
         own, student = pair()
-        return convolutions(models.Distiller(own, student).to(memory_format=torch.channels_last),
-                            own.transform([image.to(device) / 255 for image in images])[0].tensors)
+        return convolutions(
+            models.Distiller(own, student).to(memory_format=torch.channels_last),
+            own.transform([image.to(device) / 255 for image in images])[0].tensors,
+        )
 
-    return {"original": original, "ours": lambda: ours(False), "ours bf16": lambda: ours(True), "floor": floor}
+    return {
+        "original": original,
+        "ours": lambda: ours(False),
+        "ours bf16": lambda: ours(True),
+        "floor": floor,
+    }
 
 
 def convolutions(distiller, batch):
@@ -122,10 +149,18 @@ def convolutions(distiller, batch):
 
     def note(module, inputs, output):
         x = inputs[0].detach()
-        mask = (output.requires_grad and inputs[0].requires_grad, module.weight.requires_grad, False)
-        calls.append((x, module.weight.detach(), module.stride, module.padding, mask, output.detach()))
+        mask = (
+            output.requires_grad and inputs[0].requires_grad,
+            module.weight.requires_grad,
+            False,
+        )
+        calls.append(
+            (x, module.weight.detach(), module.stride, module.padding, mask, output.detach())
+        )
 
-    hooks = [m.register_forward_hook(note) for m in distiller.modules() if isinstance(m, torch.nn.Conv2d)]
+    hooks = [
+        m.register_forward_hook(note) for m in distiller.modules() if isinstance(m, torch.nn.Conv2d)
+    ]
     distiller(batch.contiguous(memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
@@ -135,8 +170,10 @@ def convolutions(distiller, batch):
             for x, weight, stride, padding, mask, output in calls:
                 F.conv2d(x, weight, None, stride, padding)
                 if any(mask):
-                    torch.ops.aten.convolution_backward(output, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1,
-                                                        mask)
+                    torch.ops.aten.convolution_backward(
+                        output, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, mask
+                    )
+
     return run
 
 
@@ -155,9 +192,24 @@ def bench_step(args, device):
                 rows[key][f"{name} MiB"] = torch.cuda.max_memory_allocated() / 2**20
         elif batch == 4:
             for name in ("original", "ours", "ours bf16"):
-                rows[key][f"{name} MiB"] = json.loads(subprocess.run(
-                    [sys.executable, __file__, "peak", "--name", name, "--min-size", str(min_size), "--max-size",
-                     str(max_size)], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+                rows[key][f"{name} MiB"] = json.loads(
+                    subprocess.run(
+                        [
+                            sys.executable,
+                            __file__,
+                            "peak",
+                            "--name",
+                            name,
+                            "--min-size",
+                            str(min_size),
+                            "--max-size",
+                            str(max_size),
+                        ],
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    ).stdout.splitlines()[-1]
+                )
     return rows
 
 
@@ -180,29 +232,58 @@ def write_coco(folder, images, annotations, files):
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / "train2017").mkdir(exist_ok=True)
     for i, picture in enumerate(pictures(files, 480, 640)):
-        torchvision.io.write_jpeg(picture, str(folder / "train2017" / f"{i + 1:012d}.jpg"), quality=90)
+        torchvision.io.write_jpeg(
+            picture, str(folder / "train2017" / f"{i + 1:012d}.jpg"), quality=90
+        )
     owners = np.sort(rng.integers(1, images + 1, annotations)).tolist()
     with (folder / "annotations" / "instances_train2017.json").open("w") as file:
-        file.write('{"info": {}, "licenses": [], "categories": [{"id": 1, "name": "thing"}], "images": ')
-        json.dump([{"license": 3, "file_name": f"{i:012d}.jpg", "coco_url": f"http://images/train2017/{i:012d}.jpg",
-                    "height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45", "id": i}
-                   for i in range(1, images + 1)], file)
+        file.write(
+            '{"info": {}, "licenses": [], "categories": [{"id": 1, "name": "thing"}], "images": '
+        )
+        json.dump(
+            [
+                {
+                    "license": 3,
+                    "file_name": f"{i:012d}.jpg",
+                    "coco_url": f"http://images/train2017/{i:012d}.jpg",
+                    "height": 480,
+                    "width": 640,
+                    "date_captured": "2013-11-14 11:18:45",
+                    "id": i,
+                }
+                for i in range(1, images + 1)
+            ],
+            file,
+        )
         file.write(', "annotations": [')
         for n, owner in enumerate(owners):
             x, y = rng.uniform(0, 400), rng.uniform(0, 300)
             w, h = rng.uniform(10, 200, 2)
             angle = np.linspace(0, 2 * np.pi, 22, endpoint=False)
-            outline = np.stack([x + w / 2 * (1 + np.cos(angle)), y + h / 2 * (1 + np.sin(angle))], 1)
-            annotation = {"segmentation": [outline.round(2).flatten().tolist()], "area": w * h * 0.78, "iscrowd": 0,
-                          "image_id": owner, "bbox": [x, y, w, h], "category_id": 1, "id": n + 1}
+            outline = np.stack(
+                [x + w / 2 * (1 + np.cos(angle)), y + h / 2 * (1 + np.sin(angle))], 1
+            )
+            annotation = {
+                "segmentation": [outline.round(2).flatten().tolist()],
+                "area": w * h * 0.78,
+                "iscrowd": 0,
+                "image_id": owner,
+                "bbox": [x, y, w, h],
+                "category_id": 1,
+                "id": n + 1,
+            }
             file.write(("," if n else "") + json.dumps(annotation))
         file.write("]}")
 
 
 def call_original(args, *command):
     """Run a command of original.py under torchdistill 0.0.1; returns the JSON of its last line."""
-    process = subprocess.run([sys.executable, HERE / "original.py", *map(str, command)], text=True, capture_output=True,
-                             env={**os.environ, "PYTHONPATH": str(args.original)})
+    process = subprocess.run(
+        [sys.executable, HERE / "original.py", *map(str, command)],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(args.original)},
+    )
     if process.returncode:
         sys.exit(process.stderr)
     return json.loads(process.stdout.splitlines()[-1])
@@ -218,11 +299,19 @@ def bench_load(args, device):
     def ours():
         for position in range(len(images)):
             images[position, position % 2 == 0]
-    rounds = [(call_original(args, "load", folder), min(clock(ours) for _ in range(3)) / len(images)) for _ in range(3)]
-    rows = {"original, ms an image": 1e3 * statistics.median(r[0] for r in rounds),
-            "ours, ms an image": 1e3 * statistics.median(r[1] for r in rounds)}
+
+    rounds = [
+        (call_original(args, "load", folder), min(clock(ours) for _ in range(3)) / len(images))
+        for _ in range(3)
+    ]
+    rows = {
+        "original, ms an image": 1e3 * statistics.median(r[0] for r in rounds),
+        "ours, ms an image": 1e3 * statistics.median(r[1] for r in rounds),
+    }
     for workers in args.workers:
-        loader = data.train_loader(images, data.GroupedBatches(index, 4, 0, 1), workers, device.type == "cuda")
+        loader = data.train_loader(
+            images, data.GroupedBatches(index, 4, 0, 1), workers, device.type == "cuda"
+        )
         list(loader)  # the workers start
         seconds = statistics.median(clock(lambda loader=loader: list(loader)) for _ in range(5))
         rows[f"ours, {workers} workers, img/s"] = len(loader) * 4 / seconds
@@ -236,10 +325,22 @@ def bench_start(args, device):
     rows = {"annotation file, MB": path.stat().st_size / 1e6}
     for name, (seconds, mib) in {
         "original": call_original(args, "start", folder),
-        **{name: json.loads(subprocess.run([sys.executable, __file__, "start-ours", "--name", str(folder)], text=True,
-                                           capture_output=True, check=True).stdout.splitlines()[-1])
-           for name in ("ours, first time", "ours, cached")}}.items():
-        rows[f"{name}, s"], rows[f"{name}, MiB held by the rank and again by each worker"] = seconds, mib
+        **{
+            name: json.loads(
+                subprocess.run(
+                    [sys.executable, __file__, "start-ours", "--name", str(folder)],
+                    text=True,
+                    capture_output=True,
+                    check=True,
+                ).stdout.splitlines()[-1]
+            )
+            for name in ("ours, first time", "ours, cached")
+        },
+    }.items():
+        rows[f"{name}, s"], rows[f"{name}, MiB held by the rank and again by each worker"] = (
+            seconds,
+            mib,
+        )
     return rows
 
 
@@ -264,7 +365,9 @@ def bench_evaluate(args, device):
     folder, rows = Path(tempfile.mkdtemp()), {}
     for count in args.images:
         data.write_demo_dataset(folder / str(count), train=8, val=count)
-        sample = [data.read_image(p) / 255 for p in sorted((folder / str(count) / "train2017").iterdir())]
+        sample = [
+            data.read_image(p) / 255 for p in sorted((folder / str(count) / "train2017").iterdir())
+        ]
         for arch in models.DETECTORS:
             teacher = models.random_teacher(arch, sample, 0, 96, 160).to(device)
             inside = 0.0
@@ -290,13 +393,22 @@ def bench_evaluate(args, device):
         boxes = torch.from_numpy(np.concatenate([corner, corner + size], 1)).float()
         masks = torch.zeros(100, 1, 480, 640)
         for mask, (x0, y0, x1, y1) in zip(masks[:, 0], boxes.int().tolist(), strict=True):
-            patch = F.interpolate(torch.rand(1, 1, 28, 28), (y1 - y0, x1 - x0), mode="bilinear")[0, 0]
+            patch = F.interpolate(torch.rand(1, 1, 28, 28), (y1 - y0, x1 - x0), mode="bilinear")[
+                0, 0
+            ]
             mask[y0:y1, x0:x1] = patch
-        outputs[i + 1] = {"boxes": boxes, "labels": torch.ones(100, dtype=torch.int64), "masks": masks,
-                          "scores": torch.from_numpy(rng.random(100)).float()}
+        outputs[i + 1] = {
+            "boxes": boxes,
+            "labels": torch.ones(100, dtype=torch.int64),
+            "masks": masks,
+            "scores": torch.from_numpy(rng.random(100)).float(),
+        }
     file = folder / "outputs.pt"
     torch.save(outputs, file)
-    ours = [clock(lambda: [evaluate.to_coco(i, output) for i, output in outputs.items()]) / 20 for _ in range(3)]
+    ours = [
+        clock(lambda: [evaluate.to_coco(i, output) for i, output in outputs.items()]) / 20
+        for _ in range(3)
+    ]
     rows["original, 100 masks to results, ms an image"] = 1e3 * call_original(args, "masks", file)
     rows["ours, 100 masks to results, ms an image"] = 1e3 * statistics.median(ours)
     return rows
@@ -306,15 +418,24 @@ BENCHES = {"step": bench_step, "load": bench_load, "start": bench_start, "evalua
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("benches", nargs="*", default=list(BENCHES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", type=lambda text: [int(n) for n in text.split("/")], nargs="*",
-                        default=[[320, 533, 4], [800, 1333, 4]], help="min/max/batch")
+    parser.add_argument(
+        "--sizes",
+        type=lambda text: [int(n) for n in text.split("/")],
+        nargs="*",
+        default=[[320, 533, 4], [800, 1333, 4]],
+        help="min/max/batch",
+    )
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
     parser.add_argument("--images", type=int, nargs="*", default=[100])
-    parser.add_argument("--original", type=Path, help="a folder with torchdistill 0.0.1; default: install it")
+    parser.add_argument(
+        "--original", type=Path, help="a folder with torchdistill 0.0.1; default: install it"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--min-size", type=int, help=argparse.SUPPRESS)
@@ -327,10 +448,29 @@ def main():
         return start_ours(args, device)
     if args.original is None and set(args.benches) - {"step"}:
         args.original = Path(tempfile.mkdtemp())
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", args.original,
-                        "torchdistill==0.0.1"], check=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "torchdistill", "numpy")}
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--target",
+                args.original,
+                "torchdistill==0.0.1",
+            ],
+            check=True,
+        )
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "torchvision", "torchdistill", "numpy")
+    }
+    machine = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()}, {os.cpu_count()} cores"
+    )
     results = {"machine": machine, "date": time.strftime("%Y-%m-%d"), **versions}
     print(results)
     for name in args.benches:
@@ -339,7 +479,10 @@ def main():
             print(f"{name}: {key}: ", end="")
             if isinstance(value, dict):
                 ratio = value["original"] / value["ours"]
-                print(", ".join(f"{k} {v:.4g}" for k, v in value.items()), f"| ours {ratio:.2f} x faster")
+                print(
+                    ", ".join(f"{k} {v:.4g}" for k, v in value.items()),
+                    f"| ours {ratio:.2f} x faster",
+                )
             else:
                 print(f"{value:.4g}", flush=True)
     if args.json:

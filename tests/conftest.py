@@ -27,9 +27,19 @@ def run(script, *flags, nproc=None, cwd=None, env=None, timeout=240):
     launcher = [sys.executable]
     if nproc:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command = [*launcher, str(script if Path(script).is_absolute() else ROOT / script), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout,
-                          capture_output=True, text=True)
+    command = [
+        *launcher,
+        str(script if Path(script).is_absolute() else ROOT / script),
+        *map(str, flags),
+    ]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
 
 
 def figures_of(process):
@@ -47,16 +57,26 @@ def changed(path, edit):
 
 def add_edge_cases(content):
     """Add what the drawn data set lacks: crowds, as RLE, one of them alone in its image."""
-    empty = next(i for i in content["images"]
-                 if i["id"] not in {a["image_id"] for a in content["annotations"]})
+    empty = next(
+        i
+        for i in content["images"]
+        if i["id"] not in {a["image_id"] for a in content["annotations"]}
+    )
     for image in (content["images"][0], empty):
         area = np.zeros((image["height"], image["width"]), dtype=np.uint8, order="F")
         area[10:100, 20:120] = 1
         rle = coco_mask.encode(area)
-        content["annotations"].append({
-            "id": len(content["annotations"]) + 1, "image_id": image["id"], "category_id": 1,
-            "bbox": [20, 10, 100, 90], "area": 9000, "iscrowd": 1,
-            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}})
+        content["annotations"].append(
+            {
+                "id": len(content["annotations"]) + 1,
+                "image_id": image["id"],
+                "category_id": 1,
+                "bbox": [20, 10, 100, 90],
+                "area": 9000,
+                "iscrowd": 1,
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            }
+        )
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,17 @@ def build(arch):
     """The student of 0.0.1 as its published configuration builds it, but for the downloaded weights."""
     from torchdistill.models.custom.bottleneck.detection import rcnn
 
-    backbone = {"name": "custom_resnet50", "params": {"pretrained": False, "trainable_backbone_layers": 6, "layer1": {
-        "type": "Bottleneck4LargeResNet", "bottleneck_channel": 3}}}
-    student = getattr(rcnn, f"custom_{arch}_resnet_fpn")(backbone, False, False, 91, False, min_size=96, max_size=160)
+    backbone = {
+        "name": "custom_resnet50",
+        "params": {
+            "pretrained": False,
+            "trainable_backbone_layers": 6,
+            "layer1": {"type": "Bottleneck4LargeResNet", "bottleneck_channel": 3},
+        },
+    }
+    student = getattr(rcnn, f"custom_{arch}_resnet_fpn")(
+        backbone, False, False, 91, False, min_size=96, max_size=160
+    )
     for module in student.modules():
         if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
             module.eps = 0.0  # what torchvision 0.7's FrozenBatchNorm2d had
@@ -43,28 +51,56 @@ def build(arch):
 def student(arch, checkpoint, output):
     """Load a checkpoint by 0.0.1's own function, run the student, and save it by 0.0.1's own function."""
     from torchdistill.common.main_util import load_ckpt, save_ckpt
-    from torchdistill.models.custom.bottleneck.detection.resnet_backbone import Bottleneck4LargeResNet
+    from torchdistill.models.custom.bottleneck.detection.resnet_backbone import (
+        Bottleneck4LargeResNet,
+    )
 
     model = build(arch)
-    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if n.startswith((
-        "backbone.body.conv1.", "backbone.body.layer1."))], lr=1e-3)
+    optimizer = torch.optim.Adam(
+        [
+            p
+            for n, p in model.named_parameters()
+            if n.startswith(("backbone.body.conv1.", "backbone.body.layer1."))
+        ],
+        lr=1e-3,
+    )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 15], 0.1)
-    best_value, _, _ = load_ckpt(checkpoint, model=model, optimizer=optimizer, lr_scheduler=scheduler, strict=True)
+    best_value, _, _ = load_ckpt(
+        checkpoint, model=model, optimizer=optimizer, lr_scheduler=scheduler, strict=True
+    )
     images = [torch.rand(3, 90, 120, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     with torch.no_grad():
         features = model.backbone.body(model.transform(images)[0].tensors)
         detections = model(images)
     torch.manual_seed(5)
     initial = Bottleneck4LargeResNet(3).state_dict()
-    torch.save({"keys": list(model.state_dict()), "features": list(features.values()), "detections": detections,
-                "best_value": best_value, "initial": initial, "steps": len(optimizer.state)}, f"{output}/seen.pt")
+    torch.save(
+        {
+            "keys": list(model.state_dict()),
+            "features": list(features.values()),
+            "detections": detections,
+            "best_value": best_value,
+            "initial": initial,
+            "steps": len(optimizer.state),
+        },
+        f"{output}/seen.pt",
+    )
     scheduler.milestones = collections.Counter([5, 15])
     args = argparse.Namespace(config="x.yaml", seed=None)
     for suffix, zipped in (("zip", True), ("old", False)):
         original_save = torch.save
-        torch.save = lambda content, path, z=zipped, s=original_save: s(content, path, _use_new_zipfile_serialization=z)
-        save_ckpt(model, optimizer, scheduler, np.float64(0.25), {"train": {"num_epochs": 20}}, args,
-                  f"{output}/{suffix}.pt")
+        torch.save = lambda content, path, z=zipped, s=original_save: s(
+            content, path, _use_new_zipfile_serialization=z
+        )
+        save_ckpt(
+            model,
+            optimizer,
+            scheduler,
+            np.float64(0.25),
+            {"train": {"num_epochs": 20}},
+            args,
+            f"{output}/{suffix}.pt",
+        )
         torch.save = original_save
 
 
@@ -75,7 +111,10 @@ def batches(annotations, output):
 
     dataset = coco.get_coco("", annotations, None, annotated_only=True, is_segment=False)
     groups = sampler.create_aspect_ratio_groups(dataset, k=3)
-    found = {"ids": [dataset.dataset.ids[i] for i in dataset.indices], "groups": list(map(int, groups))}
+    found = {
+        "ids": [dataset.dataset.ids[i] for i in dataset.indices],
+        "groups": list(map(int, groups)),
+    }
     for world_size in (1, 2, 3):
         for rank in range(world_size):
             shuffle = DistributedSampler(dataset, world_size, rank)
@@ -92,8 +131,13 @@ def coco_dataset(folder):
     from torchdistill.datasets import coco
 
     transforms = coco.Compose([coco.ImageToTensor(), coco.CocoRandomHorizontalFlip(0.5)])
-    return coco.get_coco(f"{folder}/train2017", f"{folder}/annotations/instances_train2017.json", transforms,
-                         annotated_only=True, is_segment=False)
+    return coco.get_coco(
+        f"{folder}/train2017",
+        f"{folder}/annotations/instances_train2017.json",
+        transforms,
+        annotated_only=True,
+        is_segment=False,
+    )
 
 
 def load(folder):
@@ -120,7 +164,8 @@ def start(folder):
     before, begin = resident(), time.perf_counter()
     dataset = coco_dataset(folder)
     grouped = sampler.GroupedBatchSampler(
-        DistributedSampler(dataset, 3, 0), sampler.create_aspect_ratio_groups(dataset, k=3), 4)
+        DistributedSampler(dataset, 3, 0), sampler.create_aspect_ratio_groups(dataset, k=3), 4
+    )
     next(iter(grouped))
     print(json.dumps([time.perf_counter() - begin, resident() - before]))
 
@@ -141,4 +186,6 @@ def masks(file):
 
 
 if __name__ == "__main__":
-    {"student": student, "batches": batches, "load": load, "start": start, "masks": masks}[sys.argv[1]](*sys.argv[2:])
+    {"student": student, "batches": batches, "load": load, "start": start, "masks": masks}[
+        sys.argv[1]
+    ](*sys.argv[2:])

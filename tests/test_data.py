@@ -15,18 +15,36 @@ import data
 def write_annotations(path, sizes, boxes):
     """Write a COCO file: sizes {image id: (w, h)}, boxes [(image id, (w, h), iscrowd)]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"{i}.jpg", "width": w, "height": h} for i, (w, h) in sizes.items()],
-        "annotations": [{"id": n, "image_id": i, "category_id": 1, "bbox": [0, 0, *box], "iscrowd": crowd}
-                        for n, (i, box, crowd) in enumerate(boxes)],
-        "categories": [{"id": 1, "name": "thing"}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": i, "file_name": f"{i}.jpg", "width": w, "height": h}
+                    for i, (w, h) in sizes.items()
+                ],
+                "annotations": [
+                    {
+                        "id": n,
+                        "image_id": i,
+                        "category_id": 1,
+                        "bbox": [0, 0, *box],
+                        "iscrowd": crowd,
+                    }
+                    for n, (i, box, crowd) in enumerate(boxes)
+                ],
+                "categories": [{"id": 1, "name": "thing"}],
+            }
+        )
+    )
     return path
 
 
 def make_index(n, seed=0):
     rng = np.random.default_rng(seed)
     widths, heights = rng.integers(100, 640, (2, n))
-    return data.CocoIndex(np.arange(n), np.array([f"{i}.jpg" for i in range(n)]), widths, heights, np.ones(n, bool))
+    return data.CocoIndex(
+        np.arange(n), np.array([f"{i}.jpg" for i in range(n)]), widths, heights, np.ones(n, bool)
+    )
 
 
 # ---- the index
@@ -34,12 +52,30 @@ def make_index(n, seed=0):
 
 def test_usable_images_are_those_of_the_recipe(tmp_path):
     path = write_annotations(
-        tmp_path / "a.json", {i: (100, 100) for i in (9, 1, 2, 3, 4, 5, 6, 7, 8)},
-        [(1, (5, 5), 0), (2, (50, 60), 1), (3, (1, 50), 0), (3, (50, 1), 0), (3, (0, 0), 1), (4, (1, 9), 0),
-         (4, (1.01, 1.01), 0), (6, (0.5, 0.5), 1), (7, (1, 1), 0), (7, (3, 2), 1), (8, (-4, 9), 0)])
+        tmp_path / "a.json",
+        {i: (100, 100) for i in (9, 1, 2, 3, 4, 5, 6, 7, 8)},
+        [
+            (1, (5, 5), 0),
+            (2, (50, 60), 1),
+            (3, (1, 50), 0),
+            (3, (50, 1), 0),
+            (3, (0, 0), 1),
+            (4, (1, 9), 0),
+            (4, (1.01, 1.01), 0),
+            (6, (0.5, 0.5), 1),
+            (7, (1, 1), 0),
+            (7, (3, 2), 1),
+            (8, (-4, 9), 0),
+        ],
+    )
     index = data.parse_annotations(path)
     assert index.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert index.ids[index.usable].tolist() == [1, 2, 4, 7]  # an object, a crowd, one of two, a crowd
+    assert index.ids[index.usable].tolist() == [
+        1,
+        2,
+        4,
+        7,
+    ]  # an object, a crowd, one of two, a crowd
     assert index.names[0] == "1.jpg" and (index.widths == 100).all()
 
 
@@ -47,9 +83,13 @@ def test_aspect_ratio_groups_on_and_beside_every_edge():
     edges = 2 ** np.linspace(-1, 1, 7)
     heights = np.full(7, 10_000.0)
     assert data.aspect_ratio_groups(edges * heights, heights).tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert data.aspect_ratio_groups(np.nextafter(edges * heights, 0) * (1 - 1e-12), heights).tolist() == [
-        0, 1, 2, 3, 4, 5, 6]
-    widths, heights = np.array([100, 200, 640, 480, 427, 500]), np.array([300, 100, 480, 640, 640, 500])
+    assert data.aspect_ratio_groups(
+        np.nextafter(edges * heights, 0) * (1 - 1e-12), heights
+    ).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    widths, heights = (
+        np.array([100, 200, 640, 480, 427, 500]),
+        np.array([300, 100, 480, 640, 640, 500]),
+    )
     # 1/3 | exactly 2 | 1.33 | 0.75 | 0.667 | exactly 1
     assert data.aspect_ratio_groups(widths, heights).tolist() == [0, 7, 5, 2, 2, 4]
 
@@ -111,7 +151,12 @@ def test_images_are_uint8_rgb_and_flipped_on_demand(dataset):
         assert image.shape == (3, index.heights[position], index.widths[position])
         assert torch.equal(flipped, image.flip(-1)) and not torch.equal(flipped, image)
     grey = data.read_image(folder / "000000000008.jpg")
-    assert torchvision.io.decode_image(torchvision.io.read_file(str(folder / "000000000008.jpg"))).shape[0] == 1
+    assert (
+        torchvision.io.decode_image(
+            torchvision.io.read_file(str(folder / "000000000008.jpg"))
+        ).shape[0]
+        == 1
+    )
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
 
 
@@ -172,7 +217,9 @@ def test_order_and_flips_are_functions_of_seed_epoch_and_image():
     assert epoch(0, 2) == epoch(0, 2)
     assert epoch(0, 2) != epoch(0, 3) and epoch(0, 2) != epoch(1, 2)
     flips = dict(epoch(0, 2))
-    assert flips.items() >= dict(epoch(0, 2, 1, 3)).items() - {(i, f) for i, f in epoch(0, 2, 1, 3) if i not in flips}
+    assert flips.items() >= dict(epoch(0, 2, 1, 3)).items() - {
+        (i, f) for i, f in epoch(0, 2, 1, 3) if i not in flips
+    }
     assert 0.4 < np.mean(list(flips.values())) < 0.6
     assert 0.3 < np.mean([flips[i] != flip for i, flip in epoch(0, 3) if i in flips]) < 0.7
 
@@ -188,7 +235,9 @@ def test_loaders_give_the_images_of_the_batches(dataset, workers):
         loaded = list(loader)
         assert len(loaded) == len(wanted) == len(loader)
         for keys, batch in zip(wanted, loaded):
-            assert isinstance(batch, list) and all(torch.equal(images[k], i) for k, i in zip(keys, batch))
+            assert isinstance(batch, list) and all(
+                torch.equal(images[k], i) for k, i in zip(keys, batch)
+            )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -199,7 +248,9 @@ def test_validation_images_are_shared_without_gaps_or_doubles(dataset, world_siz
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         shapes = [tuple(image.shape) for image in data.val_loader(images, 0, pin=False)]
-        assert shapes == [(3, index.heights[i], index.widths[i]) for i in range(rank, len(index), world_size)]
+        assert shapes == [
+            (3, index.heights[i], index.widths[i]) for i in range(rank, len(index), world_size)
+        ]
         sizes.append(len(shapes))
     assert sum(sizes) == len(index)
 
@@ -212,7 +263,9 @@ def test_demo_dataset_is_coco_and_reproducible(tmp_path):
         data.write_demo_dataset(tmp_path / name, train=9, val=2)
     files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
     assert len(files) == 13
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
     content = json.loads((tmp_path / "a" / "annotations" / "instances_train2017.json").read_text())
     sizes = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
     assert content["annotations"]
@@ -227,15 +280,21 @@ def test_demo_dataset_is_coco_and_reproducible(tmp_path):
 # ---- broken annotation files
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"images": [{"id": 1', "no whole JSON file"),
-    ("\x00\xff", "no whole JSON file"),
-    ("[]", "not a COCO instances file"),
-    ('{"images": []}', "needs images, annotations and categories"),
-    ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "KeyError: 'file_name'"),
-    ('{"images": [], "annotations": [{"image_id": 1, "caption": "x"}], "categories": []}', "KeyError: 'bbox'"),
-    ('{"images": 3, "annotations": [], "categories": []}', "TypeError"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"images": [{"id": 1', "no whole JSON file"),
+        ("\x00\xff", "no whole JSON file"),
+        ("[]", "not a COCO instances file"),
+        ('{"images": []}', "needs images, annotations and categories"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "KeyError: 'file_name'"),
+        (
+            '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}], "categories": []}',
+            "KeyError: 'bbox'",
+        ),
+        ('{"images": 3, "annotations": [], "categories": []}', "TypeError"),
+    ],
+)
 def test_broken_annotation_files_are_named(tmp_path, text, message):
     path = tmp_path / "instances.json"
     path.write_text(text, encoding="latin-1")
@@ -245,11 +304,15 @@ def test_broken_annotation_files_are_named(tmp_path, text, message):
 
 
 def test_missing_folders_and_empty_data_are_named(own_dataset, tmp_path):
-    with pytest.raises(FileNotFoundError, match="instances_train2017.json is missing; --data-dir must hold"):
+    with pytest.raises(
+        FileNotFoundError, match="instances_train2017.json is missing; --data-dir must hold"
+    ):
         data.load_split(tmp_path / "nowhere", "train")
     (own_dataset / "val2017").rename(own_dataset / "elsewhere")
     with pytest.raises(FileNotFoundError, match="val2017/ is missing"):
         data.load_split(own_dataset, "val")
-    changed(own_dataset / "annotations" / "instances_train2017.json", lambda c: c["annotations"].clear())
+    changed(
+        own_dataset / "annotations" / "instances_train2017.json", lambda c: c["annotations"].clear()
+    )
     with pytest.raises(ValueError, match="no images to use in its train2017"):
         data.load_split(own_dataset, "train")

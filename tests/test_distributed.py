@@ -55,19 +55,26 @@ with distributed.session():
 @pytest.mark.parametrize("nproc", [None, 2, 3])
 def test_collectives(nproc, tmp_path):
     (tmp_path / "script.py").write_text(COLLECTIVES)
-    process = run(tmp_path / "script.py", Path(distributed.__file__).parent, tmp_path / "marker", nproc=nproc)
+    process = run(
+        tmp_path / "script.py", Path(distributed.__file__).parent, tmp_path / "marker", nproc=nproc
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("said by") == 1 and "said by 0" in process.stdout
     assert sorted(line for line in process.stdout.splitlines() if line.startswith("done")) == [
-        f"done {rank}" for rank in range(nproc or 1)]
+        f"done {rank}" for rank in range(nproc or 1)
+    ]
 
 
-@pytest.mark.parametrize("error, traceback", [("ValueError('the reason')", False), ("RuntimeError('the reason')", True)])
+@pytest.mark.parametrize(
+    "error, traceback", [("ValueError('the reason')", False), ("RuntimeError('the reason')", True)]
+)
 def test_a_process_that_fails_ends_the_others_with_its_reason_told_once(error, traceback, tmp_path):
     (tmp_path / "script.py").write_text(FAILURE.replace("{error}", error))
     process = run(tmp_path / "script.py", Path(distributed.__file__).parent, nproc=3, timeout=60)
     assert process.returncode != 0
-    assert process.stderr.count("script.py: error: ") == 1 and process.stderr.count("the reason") >= 1
+    assert (
+        process.stderr.count("script.py: error: ") == 1 and process.stderr.count("the reason") >= 1
+    )
     assert (f"in <module>\n    raise {error}" in process.stderr) == traceback
     assert "Connection closed" not in process.stderr
 
@@ -87,11 +94,19 @@ def test_device_is_chosen(monkeypatch):
 
 def test_user_errors_become_one_line_and_a_status(capsys):
     for error, status, text in (
-            (FileNotFoundError("x is missing"), 1, ": error: x is missing\n"), (ValueError("bad"), 1, ": error: bad\n"),
-            (distributed.argparse.ArgumentError(None, "flag"), 2, ": error: flag\n"),
-            (KeyboardInterrupt(), 130, ": error: interrupted\n"),
-            (ValueError("Caught ValueError in worker 0.\nOriginal Traceback (most recent call last):\n  File\n"
-                        "ValueError: image x: bad\n"), 1, ": error: image x: bad\n")):
+        (FileNotFoundError("x is missing"), 1, ": error: x is missing\n"),
+        (ValueError("bad"), 1, ": error: bad\n"),
+        (distributed.argparse.ArgumentError(None, "flag"), 2, ": error: flag\n"),
+        (KeyboardInterrupt(), 130, ": error: interrupted\n"),
+        (
+            ValueError(
+                "Caught ValueError in worker 0.\nOriginal Traceback (most recent call last):\n  File\n"
+                "ValueError: image x: bad\n"
+            ),
+            1,
+            ": error: image x: bad\n",
+        ),
+    ):
         with pytest.raises(SystemExit) as exit, distributed.session():
             raise error
         assert exit.value.code == status

@@ -38,8 +38,25 @@ def call(monkeypatch, capfd):
 
 @pytest.fixture
 def flags(dataset, teachers, tmp_path):
-    return ["--arch", "fasterrcnn", "--data-dir", dataset, "--teacher-ckpt", teachers["fasterrcnn"], "--output-dir",
-            tmp_path / "out", *SIZE_FLAGS, "--workers", "0", "--epochs", "1", "--limit-train", "12", "--limit-val", "2"]
+    return [
+        "--arch",
+        "fasterrcnn",
+        "--data-dir",
+        dataset,
+        "--teacher-ckpt",
+        teachers["fasterrcnn"],
+        "--output-dir",
+        tmp_path / "out",
+        *SIZE_FLAGS,
+        "--workers",
+        "0",
+        "--epochs",
+        "1",
+        "--limit-train",
+        "12",
+        "--limit-val",
+        "2",
+    ]
 
 
 def digests(folder):
@@ -58,11 +75,17 @@ def assert_told(result, status, *texts):
 # ---- flags
 
 
-@pytest.mark.parametrize("more, text", [
-    (["--epochs", "0"], "argument --epochs"), (["--images-per-step", "-3"], "argument --images-per-step"),
-    (["--arch", "retinanet"], "argument --arch"), (["--workers", "many"], "argument --workers"),
-    (["--warmup"], "unrecognized arguments: --warmup"), (["--device", "tpu"], "argument --device"),
-])
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        (["--epochs", "0"], "argument --epochs"),
+        (["--images-per-step", "-3"], "argument --images-per-step"),
+        (["--arch", "retinanet"], "argument --arch"),
+        (["--workers", "many"], "argument --workers"),
+        (["--warmup"], "unrecognized arguments: --warmup"),
+        (["--device", "tpu"], "argument --device"),
+    ],
+)
 def test_wrong_flags_are_usage_errors(call, flags, more, text):
     assert_told(call(train, *flags, *more), 2, "train.py: error:", text, "--help")
 
@@ -78,7 +101,10 @@ def test_a_device_that_is_not_there(call, flags):
 
 
 def test_usage_errors_of_several_processes_are_told_once(flags):
-    for more, text in ((["--epochs", "0"], "argument --epochs"), ([], "5 processes cannot share 12 images")):
+    for more, text in (
+        (["--epochs", "0"], "argument --epochs"),
+        ([], "5 processes cannot share 12 images"),
+    ):
         begin = time.monotonic()
         process = run("train.py", *flags, *more, nproc=5)
         assert process.returncode != 0 and time.monotonic() - begin < 60
@@ -92,16 +118,22 @@ def test_usage_errors_of_several_processes_are_told_once(flags):
 
 def test_missing_data(call, flags, checkpoints, tmp_path):
     nowhere = tmp_path / "nowhere"
-    for result in (call(train, *flags, "--data-dir", nowhere),
-                   call(evaluate, "--ckpt", checkpoints["fasterrcnn"], "--data-dir", nowhere)):
+    for result in (
+        call(train, *flags, "--data-dir", nowhere),
+        call(evaluate, "--ckpt", checkpoints["fasterrcnn"], "--data-dir", nowhere),
+    ):
         assert_told(result, 1, nowhere / "annotations", "is missing", "--data-dir must hold")
 
 
 def test_half_a_data_folder(call, flags, own_dataset):
     (own_dataset / "val2017").rename(own_dataset / "val")
-    assert_told(call(train, *flags, "--data-dir", own_dataset), 1, own_dataset / "val2017", "is missing")
+    assert_told(
+        call(train, *flags, "--data-dir", own_dataset), 1, own_dataset / "val2017", "is missing"
+    )
     (own_dataset / "annotations" / "instances_val2017.json").unlink()
-    assert_told(call(train, *flags, "--data-dir", own_dataset), 1, "instances_val2017.json is missing")
+    assert_told(
+        call(train, *flags, "--data-dir", own_dataset), 1, "instances_val2017.json is missing"
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -111,7 +143,9 @@ def test_broken_annotation_files(call, flags, own_dataset, split):
     path.write_text(whole[:1000])
     assert_told(call(train, *flags, "--data-dir", own_dataset), 1, path, "no whole JSON file")
     path.write_text('{"rows": []}')
-    assert_told(call(train, *flags, "--data-dir", own_dataset), 1, path, "not a COCO instances file")
+    assert_told(
+        call(train, *flags, "--data-dir", own_dataset), 1, path, "not a COCO instances file"
+    )
     path.write_text(whole)
     changed(path, lambda content: content["annotations"][0].pop("area"))
     if split == "val":
@@ -119,18 +153,32 @@ def test_broken_annotation_files(call, flags, own_dataset, split):
 
 
 def test_too_few_images(call, flags):
-    assert_told(call(train, *flags, "--limit-train", "11"), 1, "11 images to train on", "--images-per-step")
+    assert_told(
+        call(train, *flags, "--limit-train", "11"), 1, "11 images to train on", "--images-per-step"
+    )
 
 
 def test_a_broken_image_is_named_from_a_worker(call, flags, own_dataset):
     victim = own_dataset / "train2017" / "000000000002.jpg"
     victim.write_bytes(victim.read_bytes()[:200])
-    assert_told(call(train, *flags, "--data-dir", own_dataset, "--workers", "1"), 1, victim, "cannot be decoded")
+    assert_told(
+        call(train, *flags, "--data-dir", own_dataset, "--workers", "1"),
+        1,
+        victim,
+        "cannot be decoded",
+    )
     victim.unlink()
-    assert_told(call(train, *flags, "--data-dir", own_dataset, "--workers", "1", "--overwrite"), 1, victim, "is missing")
+    assert_told(
+        call(train, *flags, "--data-dir", own_dataset, "--workers", "1", "--overwrite"),
+        1,
+        victim,
+        "is missing",
+    )
 
 
-def test_a_broken_image_on_one_of_three_processes_ends_all_and_is_told_once(flags, own_dataset, tmp_path):
+def test_a_broken_image_on_one_of_three_processes_ends_all_and_is_told_once(
+    flags, own_dataset, tmp_path
+):
     index, folder = data.load_split(own_dataset, "train", 12)
     position = next(iter(data.GroupedBatches(index, 4, rank=1, world_size=3)))[0][0]
     victim = folder / index.names[position]
@@ -145,8 +193,11 @@ def test_a_broken_image_on_one_of_three_processes_ends_all_and_is_told_once(flag
 
 def test_a_missing_validation_image(call, checkpoints, own_dataset):
     (own_dataset / "val2017" / "000000000002.jpg").unlink()
-    assert_told(call(evaluate, "--ckpt", checkpoints["fasterrcnn"], "--data-dir", own_dataset, *SIZE_FLAGS), 1,
-                "val2017/000000000002.jpg is missing")
+    assert_told(
+        call(evaluate, "--ckpt", checkpoints["fasterrcnn"], "--data-dir", own_dataset, *SIZE_FLAGS),
+        1,
+        "val2017/000000000002.jpg is missing",
+    )
 
 
 # ---- checkpoints
@@ -169,13 +220,21 @@ def test_checkpoints_that_are_not(call, dataset, teachers, checkpoints, tmp_path
     }
     for text, make in cases.items():
         make()
-        assert_told(call(evaluate, "--ckpt", path, "--data-dir", dataset), 1, "evaluate.py: error:", path, text)
+        assert_told(
+            call(evaluate, "--ckpt", path, "--data-dir", dataset),
+            1,
+            "evaluate.py: error:",
+            path,
+            text,
+        )
     assert not Path("/tmp/ghnd-test-was-run").exists()
 
 
 def test_a_refused_checkpoint_is_told_once_by_three_processes(dataset, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"junk")
-    process = run("evaluate.py", "--ckpt", tmp_path / "x.pt", "--data-dir", dataset, *SIZE_FLAGS, nproc=3)
+    process = run(
+        "evaluate.py", "--ckpt", tmp_path / "x.pt", "--data-dir", dataset, *SIZE_FLAGS, nproc=3
+    )
     assert process.returncode != 0 and process.stderr.count("x.pt was refused") == 1
 
 
@@ -184,7 +243,9 @@ def test_a_teacher_that_cannot_be_downloaded(monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", offline)
-    with pytest.raises(OSError, match=r"maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth elsewhere .* --teacher-ckpt"):
+    with pytest.raises(
+        OSError, match=r"maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth elsewhere .* --teacher-ckpt"
+    ):
         models.load_teacher("maskrcnn")
 
 
@@ -194,7 +255,11 @@ def test_a_teacher_that_cannot_be_downloaded(monkeypatch):
 def test_an_output_folder_that_cannot_be_written(call, flags, tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", "/proc/ghnd"):
-        assert_told(call(train, *flags, "--output-dir", folder), 1, f"--output-dir {folder} cannot be written")
+        assert_told(
+            call(train, *flags, "--output-dir", folder),
+            1,
+            f"--output-dir {folder} cannot be written",
+        )
     assert (tmp_path / "file").read_bytes() == b""
 
 
@@ -203,7 +268,13 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     out.mkdir()
     best.write_bytes(b"the published one")
     for more in ([], ["--resume"]):
-        assert_told(call(train, *flags, *more), 1, best, "exists and this run did not write it", "--overwrite")
+        assert_told(
+            call(train, *flags, *more),
+            1,
+            best,
+            "exists and this run did not write it",
+            "--overwrite",
+        )
     assert best.read_bytes() == b"the published one"
 
     assert call(train, *flags, "--overwrite")[0] == 0
@@ -228,12 +299,15 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     assert_told(call(train, *flags, "--resume"), 1, "last.pt was not written by train.py")
 
 
-
 def test_a_loss_that_is_not_finite_saves_nothing(call, flags, teachers, tmp_path):
     state = torch.load(teachers["fasterrcnn"])
     state["backbone.body.layer3.0.conv1.weight"][0, 0] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
-    assert_told(call(train, *flags, "--teacher-ckpt", tmp_path / "nan.pt"), 1, "the loss is nan at epoch 0, step 1")
+    assert_told(
+        call(train, *flags, "--teacher-ckpt", tmp_path / "nan.pt"),
+        1,
+        "the loss is nan at epoch 0, step 1",
+    )
     assert digests(tmp_path / "out") == {}
 
 

@@ -40,13 +40,21 @@ def random_results(coco, kind, seed=0):
                 x, y, w, h = np.array(annotation["bbox"]) + rng.normal(0, 6, 4)
                 x, y = max(x, 0), max(y, 0)
                 w, h = max(min(w, image["width"] - x), 2), max(min(h, image["height"] - y), 2)
-                category = annotation["category_id"] if rng.random() < 0.8 else int(rng.integers(1, 91))
+                category = (
+                    annotation["category_id"] if rng.random() < 0.8 else int(rng.integers(1, 91))
+                )
                 mask = np.zeros((image["height"], image["width"]), np.uint8, order="F")
                 mask[int(y) : int(y + h), int(x) : int(x + w)] = 1
                 rle = coco_mask.encode(mask)
-                results.append({"image_id": image_id, "category_id": category, "bbox": [x, y, w, h],
-                                "score": round(float(rng.random()), 1),
-                                "segmentation": {**rle, "counts": rle["counts"].decode()}})
+                results.append(
+                    {
+                        "image_id": image_id,
+                        "category_id": category,
+                        "bbox": [x, y, w, h],
+                        "score": round(float(rng.random()), 1),
+                        "segmentation": {**rle, "counts": rle["counts"].decode()},
+                    }
+                )
     return results
 
 
@@ -55,13 +63,26 @@ def test_masks_are_encoded_as_pycocotools_encodes_each(dataset):
     h, w = 53, 38
     boxes = torch.cat([torch.rand(60, 2) * torch.tensor([30, 44]), torch.rand(60, 2) * 40], 1)
     boxes[:, 2:] = torch.minimum(boxes[:, :2] + boxes[:, 2:], torch.tensor([w, h]))
-    boxes = torch.cat([boxes, torch.tensor([[0, 0, w, h], [0, 0, w, 9], [5, 0, 9, h], [0, h - 1, w, h], [3, 3, 3, 3]])])
+    boxes = torch.cat(
+        [
+            boxes,
+            torch.tensor(
+                [[0, 0, w, h], [0, 0, w, 9], [5, 0, 9, h], [0, h - 1, w, h], [3, 3, 3, 3]]
+            ),
+        ]
+    )
     n = len(boxes)  # anywhere, then: all, the top, whole columns, the last row, nothing
     probabilities = torch.rand(n, 1, 28, 28)
-    probabilities[60:64] = torch.tensor([1, 1, 0.9, 1]).reshape(4, 1, 1, 1)  # solid, to the very edges
+    probabilities[60:64] = torch.tensor([1, 1, 0.9, 1]).reshape(
+        4, 1, 1, 1
+    )  # solid, to the very edges
     probabilities[7] = 0
-    output = {"boxes": boxes, "labels": torch.arange(1, n + 1), "scores": torch.rand(n),
-              "masks": paste_masks_in_image(probabilities, boxes, (h, w))}
+    output = {
+        "boxes": boxes,
+        "labels": torch.arange(1, n + 1),
+        "scores": torch.rand(n),
+        "masks": paste_masks_in_image(probabilities, boxes, (h, w)),
+    }
     results = evaluate.to_coco(42, output)
     assert len(results) == n
     for i, result in enumerate(results):
@@ -69,7 +90,9 @@ def test_masks_are_encoded_as_pycocotools_encodes_each(dataset):
         assert result["score"] == output["scores"][i].item()
         x0, y0, x1, y1 = boxes[i]
         assert result["bbox"] == [x0.item(), y0.item(), (x1 - x0).item(), (y1 - y0).item()]
-        wanted = coco_mask.encode(np.asfortranarray((output["masks"][i, 0] > 0.5).numpy().astype(np.uint8)))
+        wanted = coco_mask.encode(
+            np.asfortranarray((output["masks"][i, 0] > 0.5).numpy().astype(np.uint8))
+        )
         assert result["segmentation"] == {"size": [h, w], "counts": wanted["counts"].decode()}
     areas = coco_mask.area([result["segmentation"] for result in results])
     assert areas[7] == 0 and areas[60] > 0.9 * h * w and 0 < areas[0] < h * w
@@ -80,7 +103,9 @@ def test_masks_are_encoded_as_pycocotools_encodes_each(dataset):
 
 def test_masks_that_touch_every_edge_are_encoded_alike():
     rng = np.random.default_rng(0)
-    masks = np.kron(rng.random((40, 3, 4)), np.ones((1, 5, 6))).astype(np.float32)  # blocks: whole columns too
+    masks = np.kron(rng.random((40, 3, 4)), np.ones((1, 5, 6))).astype(
+        np.float32
+    )  # blocks: whole columns too
     masks[0], masks[1], masks[2, :, 3] = 1, 0, 1
     everywhere = np.tile(np.array([0, 0, 24, 15], np.float32), (40, 1))
     ours = evaluate.encode_masks(masks, everywhere)
@@ -95,7 +120,9 @@ def test_figures_are_those_of_plain_pycocotools(dataset, tmp_path, kind):
     assert len(results) > 200 and len({r["image_id"] for r in results}) < len(val.index)
     figures = evaluate.coco_figures(val.coco, results, val.index.ids.tolist(), kind)
     keep = {"bbox": "segmentation", "segm": "bbox"}[kind]
-    (tmp_path / "results.json").write_text(json.dumps([{k: v for k, v in r.items() if k != keep} for r in results]))
+    (tmp_path / "results.json").write_text(
+        json.dumps([{k: v for k, v in r.items() if k != keep} for r in results])
+    )
     annotation_file = dataset / "annotations" / "instances_val2017.json"
     assert figures == plain_figures(annotation_file, tmp_path / "results.json", kind)
     assert 0.1 < figures[0] < 0.9 and len(figures) == len(evaluate.FIGURES) == 12
@@ -121,7 +148,11 @@ class Fake(torch.nn.Module):
         self.roi_heads.has_mask = lambda: False
 
     def forward(self, images):
-        assert len(images) == 1 and images[0].dtype == torch.float32 and 0 <= images[0].min() <= images[0].max() <= 1
+        assert (
+            len(images) == 1
+            and images[0].dtype == torch.float32
+            and 0 <= images[0].min() <= images[0].max() <= 1
+        )
         n = len(self.boxes)
         return [{"boxes": self.boxes, "labels": torch.ones(n, dtype=int), "scores": torch.ones(n)}]
 
@@ -129,7 +160,11 @@ class Fake(torch.nn.Module):
 def test_a_detector_that_finds_nothing_scores_zero(dataset):
     val = evaluate.ValSet(dataset)
     figures = evaluate.evaluate(Fake([]), val, CPU, 0)
-    assert list(figures) == ["bbox"] and set(figures["bbox"]) <= {0.0, -1.0} and figures["bbox"][0] == 0
+    assert (
+        list(figures) == ["bbox"]
+        and set(figures["bbox"]) <= {0.0, -1.0}
+        and figures["bbox"][0] == 0
+    )
     x, y, w, h = next(a["bbox"] for a in val.coco.dataset["annotations"] if a["category_id"] == 1)
     assert evaluate.evaluate(Fake([[x, y, x + w, y + h]]), val, CPU, 0)["bbox"][6] > 0
 
@@ -137,12 +172,15 @@ def test_a_detector_that_finds_nothing_scores_zero(dataset):
 @pytest.mark.parametrize("arch, kinds", [("fasterrcnn", ["bbox"]), ("maskrcnn", ["bbox", "segm"])])
 def test_a_detectors_saved_results_give_its_figures(arch, kinds, dataset, teachers, tmp_path):
     teacher = models.load_teacher(arch, teachers[arch], **SIZES)
-    figures = evaluate.evaluate(teacher, evaluate.ValSet(dataset), CPU, 0, save_to=tmp_path / "r.json")
+    figures = evaluate.evaluate(
+        teacher, evaluate.ValSet(dataset), CPU, 0, save_to=tmp_path / "r.json"
+    )
     assert list(figures) == kinds and figures["bbox"][0] > 0
     files = {"bbox": tmp_path / "r.json", "segm": tmp_path / "r.segm.json"}
     for kind in kinds:
         assert figures[kind] == plain_figures(
-            dataset / "annotations" / "instances_val2017.json", files[kind], kind)
+            dataset / "annotations" / "instances_val2017.json", files[kind], kind
+        )
     assert len(json.loads(files["bbox"].read_text())) > 300
     assert files["segm"].exists() == (arch == "maskrcnn")
 
@@ -165,16 +203,33 @@ def test_original_way_gives_the_same_results(dataset, teachers):
 
 
 def run_evaluate(dataset, checkpoints, *flags, nproc=None):
-    return run("evaluate.py", "--ckpt", checkpoints["maskrcnn"], "--data-dir", dataset, *SIZE_FLAGS, *flags,
-               nproc=nproc)
+    return run(
+        "evaluate.py",
+        "--ckpt",
+        checkpoints["maskrcnn"],
+        "--data-dir",
+        dataset,
+        *SIZE_FLAGS,
+        *flags,
+        nproc=nproc,
+    )
 
 
 def test_command_prints_the_figures_of_teacher_and_student(dataset, checkpoints, teachers):
-    process = run_evaluate(dataset, checkpoints, "--teacher", "--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 4)
+    process = run_evaluate(
+        dataset, checkpoints, "--teacher", "--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 4
+    )
     figures = figures_of(process)
     assert list(figures) == ["teacher", "student"] and figures["teacher"]["bbox"][0] > 0
     assert figures["teacher"] != figures["student"]
-    for text in ("published", "0.379", "0.346", "0.369", "0.336", *(f"{x:.4f}" for x in figures["teacher"]["bbox"])):
+    for text in (
+        "published",
+        "0.379",
+        "0.346",
+        "0.369",
+        "0.336",
+        *(f"{x:.4f}" for x in figures["teacher"]["bbox"]),
+    ):
         assert text in process.stdout
 
 
@@ -184,20 +239,29 @@ def figures_of_one_process(dataset, checkpoints):
 
 
 @pytest.mark.parametrize("nproc", [2, 3, 5])
-def test_figures_are_the_same_on_any_number_of_processes(nproc, dataset, checkpoints, tmp_path, figures_of_one_process):
-    process = run_evaluate(dataset, checkpoints, "--save-detections", tmp_path / "r.json", nproc=nproc)
+def test_figures_are_the_same_on_any_number_of_processes(
+    nproc, dataset, checkpoints, tmp_path, figures_of_one_process
+):
+    process = run_evaluate(
+        dataset, checkpoints, "--save-detections", tmp_path / "r.json", nproc=nproc
+    )
     figures = figures_of(process)
     assert figures == figures_of_one_process
     for kind, file in (("bbox", "r.json"), ("segm", "r.segm.json")):
         assert figures["student"][kind] == plain_figures(
-            dataset / "annotations" / "instances_val2017.json", tmp_path / file, kind)
+            dataset / "annotations" / "instances_val2017.json", tmp_path / file, kind
+        )
     images = [r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())]
-    assert images == sorted(images) and len(set(images)) > 1  # in the data set's order, whoever saw them
+    assert (
+        images == sorted(images) and len(set(images)) > 1
+    )  # in the data set's order, whoever saw them
 
 
 def test_reported_figures_are_the_published_ones():
     assert {arch: r["student"] for arch, r in evaluate.REPORTED.items()} == {
-        "fasterrcnn": {"bbox": 0.359}, "maskrcnn": {"bbox": 0.369, "segm": 0.336}}
+        "fasterrcnn": {"bbox": 0.359},
+        "maskrcnn": {"bbox": 0.369, "segm": 0.336},
+    }
     for arch, reported in evaluate.REPORTED.items():
         metrics = models.COCO_V1[arch].meta["_metrics"]["COCO-val2017"]
         assert math.isclose(reported["teacher"]["bbox"], metrics["box_map"] / 100)

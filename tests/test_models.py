@@ -46,17 +46,26 @@ def frozen_norms(detector):
 
 def test_student_state_has_the_published_keys_shapes_and_order(arch, student):
     state = student.state_dict()
-    found = [(key, list(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in state.items()]
+    found = [
+        (key, list(value.shape), str(value.dtype).removeprefix("torch."))
+        for key, value in state.items()
+    ]
     assert found == [(key, *spec) for key, spec in REFERENCE["keys"][arch].items()]
     counts = REFERENCE["parameters"][arch]
     assert sum(p.numel() for p in student.parameters()) == counts["total"]
-    assert sum(p.numel() for p in student.backbone.body.layer1.parameters()) == counts["backbone.body.layer1"]
+    assert (
+        sum(p.numel() for p in student.backbone.body.layer1.parameters())
+        == counts["backbone.body.layer1"]
+    )
 
 
 def test_only_conv1_and_layer1_are_trainable_and_not_the_teachers(teacher, student):
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
     assert trainable and trainable == {
-        name for name, _ in student.named_parameters() if name.startswith(("backbone.body.conv1.", "backbone.body.layer1."))}
+        name
+        for name, _ in student.named_parameters()
+        if name.startswith(("backbone.body.conv1.", "backbone.body.layer1."))
+    }
     own = {id(p) for p in teacher.parameters()}
     for name, parameter in student.named_parameters():
         assert (id(parameter) in own) == (name not in trainable), name
@@ -96,12 +105,16 @@ def test_detector_is_torchvisions_with_its_coco_weights_settings(arch):
     import torchvision
 
     theirs = getattr(torchvision.models.detection, f"{arch}_resnet50_fpn")(
-        weights=None, weights_backbone=None, num_classes=91)
+        weights=None, weights_backbone=None, num_classes=91
+    )
     ours = models.build_detector(arch)
     assert repr(ours.transform) == repr(theirs.transform)
     assert repr(ours.rpn) == repr(theirs.rpn) and repr(ours.roi_heads) == repr(theirs.roi_heads)
-    assert (ours.roi_heads.score_thresh, ours.roi_heads.nms_thresh, ours.roi_heads.detections_per_img) == (
-        0.05, 0.5, 100)
+    assert (
+        ours.roi_heads.score_thresh,
+        ours.roi_heads.nms_thresh,
+        ours.roi_heads.detections_per_img,
+    ) == (0.05, 0.5, 100)
     frozen = {key for key in theirs.state_dict() if not key.endswith("num_batches_tracked")}
     assert set(ours.state_dict()) == frozen
     assert not ours.training
@@ -112,7 +125,9 @@ def test_random_teacher_is_seeded_and_well_scaled(arch, teacher):
         maps = teacher.backbone.body(batch())
     assert all(0.1 < m.std() < 10 for m in maps.values())
     images = [torch.rand(3, 80, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    a, b, c = (models.random_teacher(arch, images, seed, **SIZES).state_dict() for seed in (0, 0, 1))
+    a, b, c = (
+        models.random_teacher(arch, images, seed, **SIZES).state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["backbone.body.conv1.weight"], c["backbone.body.conv1.weight"])
 
@@ -140,7 +155,9 @@ def test_distiller_gives_the_features_of_both_detectors(teacher, student):
             assert len(ours) == len(wanted) == 4
             for a, b in zip(ours, wanted):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert not any(m.requires_grad for m in teacher_maps) and all(m.requires_grad for m in student_maps)
+    assert not any(m.requires_grad for m in teacher_maps) and all(
+        m.requires_grad for m in student_maps
+    )
 
 
 def test_distiller_trains_the_students_own_modules_and_nothing_else(teacher, student):
@@ -151,7 +168,9 @@ def test_distiller_trains_the_students_own_modules_and_nothing_else(teacher, stu
     student_maps, _ = distiller(batch())
     sum(m.sum() for m in student_maps).backward()
     for name, parameter in student.named_parameters():
-        assert (parameter.grad is not None) == name.startswith(("backbone.body.conv1", "backbone.body.layer1"))
+        assert (parameter.grad is not None) == name.startswith(
+            ("backbone.body.conv1", "backbone.body.layer1")
+        )
         parameter.grad = None
 
 
@@ -176,11 +195,17 @@ def same(detector, state):
 def test_files_of_2020_load(arch, checkpoints, tmp_path, zipped):
     state = torch.load(checkpoints[arch], weights_only=True)["model"]
     old = collections.OrderedDict(
-        (REFERENCE["names_of_2020"][arch].get(key, key), value) for key, value in state.items())
+        (REFERENCE["names_of_2020"][arch].get(key, key), value) for key, value in state.items()
+    )
     assert set(old) != set(state)
-    content = {"model": old, "best_value": np.float64(0.359), "config": {"train": {"num_epochs": 20}},
-               "optimizer": {"state": {}, "param_groups": []}, "args": argparse.Namespace(seed=None),
-               "lr_scheduler": {"milestones": collections.Counter([5, 15])}}
+    content = {
+        "model": old,
+        "best_value": np.float64(0.359),
+        "config": {"train": {"num_epochs": 20}},
+        "optimizer": {"state": {}, "param_groups": []},
+        "args": argparse.Namespace(seed=None),
+        "lr_scheduler": {"milestones": collections.Counter([5, 15])},
+    }
     student, found_arch = loads(content, tmp_path, _use_new_zipfile_serialization=zipped)
     assert found_arch == arch and same(student, state)
     content = models.load_checkpoint(tmp_path / "file.pt")
@@ -189,7 +214,11 @@ def test_files_of_2020_load(arch, checkpoints, tmp_path, zipped):
 
 def test_old_and_new_name_of_numpys_scalar_are_allowed(tmp_path):
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        torch.save({"best_value": np.float64(0.5)}, tmp_path / "file.pt", _use_new_zipfile_serialization=False)
+        torch.save(
+            {"best_value": np.float64(0.5)},
+            tmp_path / "file.pt",
+            _use_new_zipfile_serialization=False,
+        )
         raw = (tmp_path / "file.pt").read_bytes()
         for name in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
             raw = raw.replace(b"c" + name + b"\n", b"c" + module.encode() + b"\n")
@@ -219,14 +248,17 @@ class Malicious:
         return Path.touch, (Path("/tmp/ghnd-test-was-run"),)
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"model": Malicious()}, "never run"),
-    ({"model": {"x": torch.zeros(1)}}, "no R-CNN detector"),
-    ({"model": {"seq.backbone.body.conv1.weight": torch.zeros(1)}}, "training wrapper"),
-    ({"model": None}, "no state dict"),
-    ({"optimizer": {}}, "no state dict"),
-    ([1, 2], "holds a list"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"model": Malicious()}, "never run"),
+        ({"model": {"x": torch.zeros(1)}}, "no R-CNN detector"),
+        ({"model": {"seq.backbone.body.conv1.weight": torch.zeros(1)}}, "training wrapper"),
+        ({"model": None}, "no state dict"),
+        ({"optimizer": {}}, "no state dict"),
+        ([1, 2], "holds a list"),
+    ],
+)
 def test_wrong_contents_are_refused(content, message, tmp_path):
     Path("/tmp/ghnd-test-was-run").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=f"file.pt.*{message}"):
@@ -236,7 +268,9 @@ def test_wrong_contents_are_refused(content, message, tmp_path):
 
 def test_wrong_detectors_are_refused(state, teachers, tmp_path):
     short = {k: v for k, v in state.items() if k != "rpn.head.cls_logits.bias"}
-    with pytest.raises(ValueError, match=r"file.pt does not fit FasterRCNN: .*rpn\.head\.cls_logits\.bias"):
+    with pytest.raises(
+        ValueError, match=r"file.pt does not fit FasterRCNN: .*rpn\.head\.cls_logits\.bias"
+    ):
         loads(short, tmp_path)
     with pytest.raises(ValueError, match="does not fit FasterRCNN: .*surplus"):
         loads({**state, "surplus": torch.zeros(1)}, tmp_path)
@@ -253,8 +287,12 @@ def test_wrong_detectors_are_refused(state, teachers, tmp_path):
 
 def test_damaged_files_are_refused(checkpoints, tmp_path):
     whole, path = checkpoints["fasterrcnn"].read_bytes(), tmp_path / "file.pt"
-    cases = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not a checkpoint\n",
-             "pickle": pickle.dumps({"model": 1})}
+    cases = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"not a checkpoint\n",
+        "pickle": pickle.dumps({"model": 1}),
+    }
     for raw in cases.values():
         path.write_bytes(raw)
         with pytest.raises(ValueError, match="file.pt was refused"):

@@ -33,14 +33,31 @@ def absent(reason):
 def original(tmp_path_factory):
     """Returns a function that runs original.py with torchdistill 0.0.1, installed in a folder of its own."""
     folder = tmp_path_factory.mktemp("torchdistill-0.0.1")
-    pip = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder,
-                          "torchdistill==0.0.1"], capture_output=True, text=True)
+    pip = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            folder,
+            "torchdistill==0.0.1",
+        ],
+        capture_output=True,
+        text=True,
+    )
     if pip.returncode:
         absent(f"torchdistill 0.0.1 cannot be installed: {pip.stderr.strip().splitlines()[-1]}")
 
     def call(*args):
-        process = subprocess.run([sys.executable, Path(__file__).parent / "original.py", *map(str, args)],
-                                 env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True)
+        process = subprocess.run(
+            [sys.executable, Path(__file__).parent / "original.py", *map(str, args)],
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+        )
         assert process.returncode == 0, process.stderr
 
     return call
@@ -59,10 +76,17 @@ def both_students(request, original, teachers, tmp_path_factory):
     optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-3)
     sum(p.sum() for p in student.parameters() if p.requires_grad).backward()
     optimizer.step()
-    models.save_checkpoint({
-        "model": student.state_dict(), "optimizer": optimizer.state_dict(), "best_value": 0.125,
-        "lr_scheduler": train.build_scheduler(optimizer, train.EXPERIMENTS[arch]).state_dict(),
-        "config": {}, "args": None}, folder / "ours.pt")
+    models.save_checkpoint(
+        {
+            "model": student.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "best_value": 0.125,
+            "lr_scheduler": train.build_scheduler(optimizer, train.EXPERIMENTS[arch]).state_dict(),
+            "config": {},
+            "args": None,
+        },
+        folder / "ours.pt",
+    )
     original("student", arch, folder / "ours.pt", folder)
     return arch, student, folder, torch.load(folder / "seen.pt", weights_only=True)
 
@@ -70,7 +94,9 @@ def both_students(request, original, teachers, tmp_path_factory):
 def outputs(student):
     images = [torch.rand(3, 90, 120, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     with torch.no_grad():
-        return list(student.backbone.body(student.transform(images)[0].tensors).values()), student(images)
+        return list(student.backbone.body(student.transform(images)[0].tensors).values()), student(
+            images
+        )
 
 
 def test_our_checkpoint_loads_strictly_into_the_original_student(both_students):
@@ -82,7 +108,10 @@ def test_our_checkpoint_loads_strictly_into_the_original_student(both_students):
 def test_original_student_computes_the_same_features_and_detections(both_students):
     arch, student, _, seen = both_students
     features, detections = outputs(student)
-    assert all(map(torch.equal, features, seen["features"])) and len(features) == len(seen["features"]) == 4
+    assert (
+        all(map(torch.equal, features, seen["features"]))
+        and len(features) == len(seen["features"]) == 4
+    )
     kinds = {"boxes", "scores", "labels"} | ({"masks"} if arch == "maskrcnn" else set())
     for ours, theirs in zip(detections, seen["detections"], strict=True):
         assert kinds == set(ours) == set(theirs) and len(ours["boxes"]) > 1
@@ -111,17 +140,36 @@ def test_layer1_starts_from_the_same_distribution(both_students):
 
 def test_batches_are_the_original_ones(original, tmp_path):
     rng = np.random.default_rng(0)
-    sizes = [(640, 480), (480, 640), (640, 427), (500, 375), (640, 640), (640, 320), (200, 640), (640, 200)]
+    sizes = [
+        (640, 480),
+        (480, 640),
+        (640, 427),
+        (500, 375),
+        (640, 640),
+        (640, 320),
+        (200, 640),
+        (640, 200),
+    ]
     images, annotations = [], []
     for i in rng.permutation(np.arange(1, 1012)).tolist():
         w, h = sizes[i % len(sizes)] if i % 3 else rng.integers(100, 640, 2).tolist()
         images.append({"id": i, "file_name": f"{i}.jpg", "width": w, "height": h})
         for _ in range(int(rng.integers(0, 4))):
             box = rng.choice([0.5, 1, 1.5, 80], 2).tolist()
-            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1, "bbox": [0, 0, *box],
-                                "area": 1, "iscrowd": int(rng.random() < 0.3)})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": 1,
+                    "bbox": [0, 0, *box],
+                    "area": 1,
+                    "iscrowd": int(rng.random() < 0.3),
+                }
+            )
     path = tmp_path / "instances.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1}]}))
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1}]})
+    )
     original("batches", path, tmp_path / "theirs.json")
     theirs = json.loads((tmp_path / "theirs.json").read_text())
 
@@ -148,21 +196,44 @@ LAYERS = [f"seq.backbone.body.{name}" for name in models.DISTILLED]
 
 def box_config():
     """The published configuration, as data: its train section without the data loaders."""
+
     def term(layer):
         value = {"is_from_teacher": False, "module_path": layer, "io": "output"}
-        return {"criterion": {"key": "MSELoss", "kwargs": {"reduction": "sum"}}, "weight": 1.0, "criterion_wrapper": {
-            "key": "SimpleLossWrapper", "kwargs": {"input": value, "target": {**value, "is_from_teacher": True}}}}
+        return {
+            "criterion": {"key": "MSELoss", "kwargs": {"reduction": "sum"}},
+            "weight": 1.0,
+            "criterion_wrapper": {
+                "key": "SimpleLossWrapper",
+                "kwargs": {"input": value, "target": {**value, "is_from_teacher": True}},
+            },
+        }
 
     def model(frozen, requires_grad):
-        return {"forward_proc": "forward_batch_only", "sequential": [], "frozen_modules": frozen, "requires_grad":
-                requires_grad, "forward_hook": {"input": [], "output": LAYERS}, "auxiliary_model_wrapper": {
-                    "key": "HeadRCNN", "kwargs": {"head_rcnn": {"sequential": ["backbone.body"]}}}}
+        return {
+            "forward_proc": "forward_batch_only",
+            "sequential": [],
+            "frozen_modules": frozen,
+            "requires_grad": requires_grad,
+            "forward_hook": {"input": [], "output": LAYERS},
+            "auxiliary_model_wrapper": {
+                "key": "HeadRCNN",
+                "kwargs": {"head_rcnn": {"sequential": ["backbone.body"]}},
+            },
+        }
 
-    return {"num_epochs": 20, "train_data_loader": {}, "val_data_loader": {}, "teacher": model([], False),
-            "student": model(LAYERS[1:], True), "optimizer": {"key": "Adam", "kwargs": {"lr": 0.001}},
-            "scheduler": {"key": "MultiStepLR", "kwargs": {"milestones": [5, 15], "gamma": 0.1}},
-            "criterion": {"key": "WeightedSumLoss", "kwargs": {
-                "sub_terms": {layer.rsplit(".")[-1]: term(layer) for layer in LAYERS}}}}
+    return {
+        "num_epochs": 20,
+        "train_data_loader": {},
+        "val_data_loader": {},
+        "teacher": model([], False),
+        "student": model(LAYERS[1:], True),
+        "optimizer": {"key": "Adam", "kwargs": {"lr": 0.001}},
+        "scheduler": {"key": "MultiStepLR", "kwargs": {"milestones": [5, 15], "gamma": 0.1}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {"sub_terms": {layer.rsplit(".")[-1]: term(layer) for layer in LAYERS}},
+        },
+    }
 
 
 def make_pair(path, dtype):
@@ -180,9 +251,13 @@ def train_original(path, batches, threads=2, dtype=torch.float32):
         absent(f"torchdistill 1.1.5 is not installed: {error}")
     teacher, student = copy.deepcopy(make_pair(path, dtype))
     for name, parameter in student.named_parameters():  # as torchvision's fresh detectors come
-        parameter.requires_grad_(not name.startswith(("backbone.body.bn1", "rpn", "roi_heads", "backbone.fpn")))
+        parameter.requires_grad_(
+            not name.startswith(("backbone.body.bn1", "rpn", "roi_heads", "backbone.fpn"))
+        )
     torch.set_num_threads(threads)
-    box = get_distillation_box(teacher, student, {}, box_config(), torch.device("cpu"), None, False, 1.0)
+    box = get_distillation_box(
+        teacher, student, {}, box_config(), torch.device("cpu"), None, False, 1.0
+    )
     terms, steps = [], []
     for criterion, _ in box.criterion.term_dict.values():
         criterion.register_forward_hook(lambda module, args, output: terms.append(output.item()))
@@ -199,7 +274,8 @@ def train_original(path, batches, threads=2, dtype=torch.float32):
 
 class Loader(list):
     batch_sampler = data.GroupedBatches(
-        data.CocoIndex(*[np.ones(4, int)] * 5), batch_size=4, rank=0, world_size=1)
+        data.CocoIndex(*[np.ones(4, int)] * 5), batch_size=4, rank=0, world_size=1
+    )
 
 
 def train_ours(path, batches, dtype, monkeypatch):
@@ -208,7 +284,8 @@ def train_ours(path, batches, dtype, monkeypatch):
     experiment = replace(train.FASTERRCNN, images_per_step=4)
     distiller = models.Distiller(teacher, student).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
-        [p for p in distiller.student_stem.parameters() if p.requires_grad], lr=experiment.lr)
+        [p for p in distiller.student_stem.parameters() if p.requires_grad], lr=experiment.lr
+    )
     scheduler = train.build_scheduler(optimizer, experiment)
     terms, steps, squared_errors = [], [], losses.squared_errors
 
@@ -218,8 +295,17 @@ def train_ours(path, batches, dtype, monkeypatch):
 
     monkeypatch.setattr(losses, "squared_errors", recorded)
     for epoch, images in enumerate(batches):
-        train.train_epoch(experiment, distiller, teacher.transform, Loader([images]), optimizer, epoch, False, 1,
-                          lambda **v: steps.append([v["lr"], v["loss"], *terms[-1].tolist()]))
+        train.train_epoch(
+            experiment,
+            distiller,
+            teacher.transform,
+            Loader([images]),
+            optimizer,
+            epoch,
+            False,
+            1,
+            lambda **v: steps.append([v["lr"], v["loss"], *terms[-1].tolist()]),
+        )
         scheduler.step()
     return np.array(steps), student, optimizer
 
@@ -233,12 +319,28 @@ def float64():
 
 @pytest.fixture
 def batches():
-    return [[torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(4 * b + i))
-             for i, (h, w) in enumerate([(70, 96), (64, 80), (75, 100), (66, 99)])] for b in range(16)]
+    return [
+        [
+            torch.randint(
+                0,
+                256,
+                (3, h, w),
+                dtype=torch.uint8,
+                generator=torch.Generator().manual_seed(4 * b + i),
+            )
+            for i, (h, w) in enumerate([(70, 96), (64, 80), (75, 100), (66, 99)])
+        ]
+        for b in range(16)
+    ]
 
 
 # their true gradient is zero, since a BatchNorm follows; Adam turns rounding noise into whole steps
-UNDETERMINED = {"decoder.3.bias", "decoder.8.bias", "decoder.5.running_mean", "decoder.10.running_mean"}
+UNDETERMINED = {
+    "decoder.3.bias",
+    "decoder.8.bias",
+    "decoder.5.running_mean",
+    "decoder.10.running_mean",
+}
 
 
 def end_state(student, optimizer):
@@ -254,7 +356,10 @@ def end_state(student, optimizer):
 
 
 def distances(a, b):
-    return {key: ((a[key] - b[key]).double().norm() / b[key].double().norm().clamp(min=1e-300)).item() for key in b}
+    return {
+        key: ((a[key] - b[key]).double().norm() / b[key].double().norm().clamp(min=1e-300)).item()
+        for key in b
+    }
 
 
 def run_all(path, batches, dtype, monkeypatch):
@@ -274,15 +379,21 @@ def test_training_follows_the_original_in_float64(teachers, batches, monkeypatch
     assert ours[0].shape == theirs[0].shape == (16, 6)
     np.testing.assert_allclose(ours[0][:, 0], theirs[0][:, 0], rtol=1e-12)
     assert theirs[0][[0, 4, 5, 14, 15], 0] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
-    noise = np.maximum.accumulate(np.abs(noisy[0] / theirs[0] - 1)[:, 1:].max(1))  # loss and four terms
+    noise = np.maximum.accumulate(
+        np.abs(noisy[0] / theirs[0] - 1)[:, 1:].max(1)
+    )  # loss and four terms
     off = np.abs(ours[0] / theirs[0] - 1)[:, 1:].max(1)
     assert (off <= 20 * np.maximum(noise, 1e-11)).all(), (off, noise)
     end_ours, end_theirs, end_noisy = (end_state(*run[1:]) for run in (ours, theirs, noisy))
     end_off, end_noise = distances(end_ours, end_theirs), distances(end_noisy, end_theirs)
-    assert len(end_off) == 25 * 3 + 8 * 3 - 8  # 25 parameters, their moments, buffers; 4 undetermined
+    assert (
+        len(end_off) == 25 * 3 + 8 * 3 - 8
+    )  # 25 parameters, their moments, buffers; 4 undetermined
     assert max(end_off.values()) <= 20 * max(*end_noise.values(), 1e-10), (end_off, end_noise)
-    print(f"\nfloat64, loss and terms over 16 steps: off by {off.max():.1e}, original's noise {noise.max():.1e}; "
-          f"state after them: off by {max(end_off.values()):.1e}, noise {max(end_noise.values()):.1e}")
+    print(
+        f"\nfloat64, loss and terms over 16 steps: off by {off.max():.1e}, original's noise {noise.max():.1e}; "
+        f"state after them: off by {max(end_off.values()):.1e}, noise {max(end_noise.values()):.1e}"
+    )
 
 
 def test_one_step_follows_the_original_in_float32(teachers, batches, monkeypatch):
@@ -293,12 +404,16 @@ def test_one_step_follows_the_original_in_float32(teachers, batches, monkeypatch
     ours, theirs, noisy = run_all(teachers["fasterrcnn"], batches[:1], torch.float32, monkeypatch)
     off, noise = (np.abs(run[0] / theirs[0] - 1).max() for run in (ours, noisy))
     assert off <= 20 * max(noise, 1e-6), (off, noise)
-    moments = [{key: value for key, value in end_state(*run[1:]).items() if key.endswith(" exp_avg")}
-               for run in (ours, theirs, noisy)]
+    moments = [
+        {key: value for key, value in end_state(*run[1:]).items() if key.endswith(" exp_avg")}
+        for run in (ours, theirs, noisy)
+    ]
     grad_off, grad_noise = distances(moments[0], moments[1]), distances(moments[2], moments[1])
     assert max(grad_off.values()) <= 20 * max(*grad_noise.values(), 1e-6), (grad_off, grad_noise)
-    print(f"\nfloat32, one step: loss off by {off:.1e}, noise {noise:.1e}; gradients off by "
-          f"{max(grad_off.values()):.1e}, noise {max(grad_noise.values()):.1e}")
+    print(
+        f"\nfloat32, one step: loss off by {off:.1e}, noise {noise:.1e}; gradients off by "
+        f"{max(grad_off.values()):.1e}, noise {max(grad_noise.values()):.1e}"
+    )
 
 
 # ---- pixels: Pillow and torchvision's own transform
@@ -310,11 +425,17 @@ def test_one_step_follows_the_original_in_float32(teachers, batches, monkeypatch
 def test_decoded_pixels_are_pillows(mode, progressive, subsampling, tmp_path):
     rng = np.random.default_rng(subsampling)
     for quality, (h, w) in ((75, (97, 131)), (95, (64, 64)), (30, (1, 17))):
-        smooth = np.kron(rng.integers(0, 256, (h // 8 + 1, w // 8 + 1, 3)), np.ones((8, 8, 1)))[:h, :w]
+        smooth = np.kron(rng.integers(0, 256, (h // 8 + 1, w // 8 + 1, 3)), np.ones((8, 8, 1)))[
+            :h, :w
+        ]
         pixels = (smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)
         path = tmp_path / f"{quality}.jpg"
-        Image.fromarray(pixels).convert(mode).save(path, quality=quality, progressive=progressive,
-                                                   subsampling=-1 if mode == "L" else subsampling)
+        Image.fromarray(pixels).convert(mode).save(
+            path,
+            quality=quality,
+            progressive=progressive,
+            subsampling=-1 if mode == "L" else subsampling,
+        )
         wanted = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
         assert torch.equal(data.read_image(path), wanted)
 
@@ -337,12 +458,26 @@ def test_batches_are_prepared_as_the_original_prepares_them(dataset, teachers):
     index, folder = data.load_split(dataset, "train")
     batches, seen = data.GroupedBatches(index, 4, 0, 1), Seen()
     loader = data.train_loader(data.CocoImages(index, folder), batches, 0, pin=False)
-    train.train_epoch(replace(train.FASTERRCNN, images_per_step=4), seen, teacher.transform, loader,
-                      torch.optim.SGD(seen.parameters()), 0, False, 1, lambda **_: None)
+    train.train_epoch(
+        replace(train.FASTERRCNN, images_per_step=4),
+        seen,
+        teacher.transform,
+        loader,
+        torch.optim.SGD(seen.parameters()),
+        0,
+        False,
+        1,
+        lambda **_: None,
+    )
     flips = set()
     for keys, batch in zip(batches, seen.batches, strict=True):
-        images = [to_tensor(Image.open(folder / index.names[position]).convert("RGB")) for position, _ in keys]
-        images = [image.flip(-1) if flip else image for image, (_, flip) in zip(images, keys, strict=True)]
+        images = [
+            to_tensor(Image.open(folder / index.names[position]).convert("RGB"))
+            for position, _ in keys
+        ]
+        images = [
+            image.flip(-1) if flip else image for image, (_, flip) in zip(images, keys, strict=True)
+        ]
         assert torch.equal(batch, teacher.transform(images)[0].tensors)
         flips |= {flip for _, flip in keys}
     assert flips == {False, True} and len(seen.batches) > 4

@@ -14,8 +14,18 @@ BEST = "coco2017-custom_{0}_resnet_fpn_from_{0}_resnet50_fpn.pt"
 
 
 def train_flags(arch, dataset, teachers, output_dir, *more):
-    return ["--arch", arch, "--data-dir", dataset, "--teacher-ckpt", teachers[arch], "--output-dir", output_dir,
-            *SIZE_FLAGS, *more]
+    return [
+        "--arch",
+        arch,
+        "--data-dir",
+        dataset,
+        "--teacher-ckpt",
+        teachers[arch],
+        "--output-dir",
+        output_dir,
+        *SIZE_FLAGS,
+        *more,
+    ]
 
 
 def records(folder, kind):
@@ -41,25 +51,40 @@ def same_tensors(a, b):
 def test_experiments_are_the_published_ones(arch):
     experiment, published = train.EXPERIMENTS[arch], PUBLISHED[arch]["epochs"]
     assert asdict(experiment) | {
-        "arch": arch, "bottleneck_channels": 3, "epochs": 20, "images_per_step": 12, "images_per_loss": 4,
-        "lr": 1e-3, "lr_drops": (5, 15), "lr_drop_factor": 0.1, "min_size": 800, "max_size": 1333, "seed": 0,
+        "arch": arch,
+        "bottleneck_channels": 3,
+        "epochs": 20,
+        "images_per_step": 12,
+        "images_per_loss": 4,
+        "lr": 1e-3,
+        "lr_drops": (5, 15),
+        "lr_drop_factor": 0.1,
+        "min_size": 800,
+        "max_size": 1333,
+        "seed": 0,
         "reported_box_map": PUBLISHED["reported"][arch]["bbox"],
         "published_box_map": tuple(epoch.get("new_best_bbox_map") for epoch in published),
-        "published_loss": tuple(float(f"{epoch['loss']['9000'][1] / 1e6:.3f}e6") for epoch in published),
+        "published_loss": tuple(
+            float(f"{epoch['loss']['9000'][1] / 1e6:.3f}e6") for epoch in published
+        ),
     } == asdict(experiment)
     steps = PUBLISHED["train_images_after_filtering"] // experiment.images_per_step
     assert steps == PUBLISHED[arch]["iterations_per_epoch"]
 
 
-@pytest.mark.parametrize("world_size, expected", [
-    (1, (4, 3)), (2, (3, 2)), (3, (4, 1)), (4, (3, 1)), (6, (2, 1)), (12, (1, 1))])
+@pytest.mark.parametrize(
+    "world_size, expected",
+    [(1, (4, 3)), (2, (3, 2)), (3, (4, 1)), (4, (3, 1)), (6, (2, 1)), (12, (1, 1))],
+)
 def test_twelve_images_are_split_as_the_recipe_says(world_size, expected):
     assert train.micro_batches(12, world_size) == expected
 
 
 @pytest.mark.parametrize("world_size", [5, 7, 8, 24])
 def test_other_numbers_of_processes_are_an_error(world_size):
-    with pytest.raises(Exception, match=f"{world_size} processes cannot share 12 .*--images-per-step"):
+    with pytest.raises(
+        Exception, match=f"{world_size} processes cannot share 12 .*--images-per-step"
+    ):
         train.micro_batches(12, world_size)
 
 
@@ -100,13 +125,21 @@ with distributed.session():
 """
 
 
-def test_a_step_has_the_same_loss_and_gradient_on_1_2_3_and_4_processes(same_size_dataset, teachers, tmp_path):
+def test_a_step_has_the_same_loss_and_gradient_on_1_2_3_and_4_processes(
+    same_size_dataset, teachers, tmp_path
+):
     (tmp_path / "step.py").write_text(STEP)
     steps = {}
     for nproc in (None, 2, 3, 4):
         file = tmp_path / f"{nproc}.pt"
-        process = run(tmp_path / "step.py", train.Path(train.__file__).parent, same_size_dataset,
-                      teachers["fasterrcnn"], file, nproc=nproc)
+        process = run(
+            tmp_path / "step.py",
+            train.Path(train.__file__).parent,
+            same_size_dataset,
+            teachers["fasterrcnn"],
+            file,
+            nproc=nproc,
+        )
         assert process.returncode == 0, process.stderr
         steps[nproc] = torch.load(file)
         assert steps[nproc]["steps"] == 1
@@ -131,8 +164,12 @@ def test_a_step_has_the_same_loss_and_gradient_on_1_2_3_and_4_processes(same_siz
     loss = sum(((s - t) ** 2).sum() for s, t in pairs) / 3
     loss.backward()
     assert alone["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    torch.testing.assert_close(alone["grads"]["0.weight"], student.backbone.body.conv1.weight.grad,
-                               rtol=1e-3, atol=1e-4 * alone["grads"]["0.weight"].abs().max().item())
+    torch.testing.assert_close(
+        alone["grads"]["0.weight"],
+        student.backbone.body.conv1.weight.grad,
+        rtol=1e-3,
+        atol=1e-4 * alone["grads"]["0.weight"].abs().max().item(),
+    )
 
 
 # ---- whole runs
@@ -142,7 +179,9 @@ def test_a_step_has_the_same_loss_and_gradient_on_1_2_3_and_4_processes(same_siz
 def three_processes(dataset, teachers, tmp_path_factory):
     """A whole run of Mask R-CNN on 3 processes: its output folder and its process."""
     folder = tmp_path_factory.mktemp("three")
-    flags = train_flags("maskrcnn", dataset, teachers, folder, "--epochs", 1, "--limit-train", 24, "--limit-val", 7)
+    flags = train_flags(
+        "maskrcnn", dataset, teachers, folder, "--epochs", 1, "--limit-train", 24, "--limit-val", 7
+    )
     process = run("train.py", *flags, nproc=3)
     assert process.returncode == 0, process.stderr
     return folder, process
@@ -150,17 +189,33 @@ def three_processes(dataset, teachers, tmp_path_factory):
 
 def test_a_run_on_three_processes_reports_what_it_did(three_processes):
     folder, process = three_processes
-    steps, epochs, tests = (records(folder / "maskrcnn", kind) for kind in ("step", "epoch", "test"))
+    steps, epochs, tests = (
+        records(folder / "maskrcnn", kind) for kind in ("step", "epoch", "test")
+    )
     assert [step["step"] for step in steps] == [2] and len(epochs) == len(tests) == 1
     assert steps[0]["loss"] == epochs[0]["loss"] > 0 and len(steps[0]["relative_errors"]) == 4
-    assert steps[0]["lr"] == 1e-3 and steps[0]["images_per_second"] > 0 and steps[0]["peak_memory_mib"] > 100
+    assert (
+        steps[0]["lr"] == 1e-3
+        and steps[0]["images_per_second"] > 0
+        and steps[0]["peak_memory_mib"] > 100
+    )
     assert 0 <= steps[0]["data_wait"] <= 1 and steps[0]["eta_seconds"] == 0
     log = (folder / "maskrcnn" / "train.log").read_text()
-    for text in ("epoch 0 step 2/2 loss", "relative errors", "img/s", "ETA", "data wait", "MiB", "0.379", "0.336"):
+    for text in (
+        "epoch 0 step 2/2 loss",
+        "relative errors",
+        "img/s",
+        "ETA",
+        "data wait",
+        "MiB",
+        "0.379",
+        "0.336",
+    ):
         assert text in process.stdout and text in log
     assert process.stdout.count("epoch 0 step 2/2") == 1
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == sorted(
-        [BEST.format("maskrcnn"), "last.pt", "metrics.jsonl", "train.log"])
+        [BEST.format("maskrcnn"), "last.pt", "metrics.jsonl", "train.log"]
+    )
 
 
 def test_only_conv1_and_layer1_have_changed(three_processes, teachers):
@@ -179,8 +234,17 @@ def test_only_conv1_and_layer1_have_changed(three_processes, teachers):
 @pytest.mark.parametrize("nproc", [None, 2, 3])
 def test_the_checkpoint_gives_the_figures_of_its_last_validation(three_processes, dataset, nproc):
     folder, _ = three_processes
-    process = run("evaluate.py", "--ckpt", folder / BEST.format("maskrcnn"), "--data-dir", dataset, *SIZE_FLAGS,
-                  "--limit-val", 7, nproc=nproc)
+    process = run(
+        "evaluate.py",
+        "--ckpt",
+        folder / BEST.format("maskrcnn"),
+        "--data-dir",
+        dataset,
+        *SIZE_FLAGS,
+        "--limit-val",
+        7,
+        nproc=nproc,
+    )
     validated = records(folder / "maskrcnn", "epoch")[-1]["figures"]
     assert figures_of(process) == {"student": validated}
     assert records(folder / "maskrcnn", "test")[0]["figures"]["student"] == validated
@@ -190,7 +254,9 @@ def test_the_checkpoint_gives_the_figures_of_its_last_validation(three_processes
 def test_the_checkpoint_has_torchdistills_entries(three_processes):
     content = torch.load(three_processes[0] / BEST.format("maskrcnn"), weights_only=True)
     assert {"model", "optimizer", "lr_scheduler", "best_value", "config", "args"} <= content.keys()
-    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1)) for _ in content["optimizer"]["state"]])
+    adam = torch.optim.Adam(
+        [torch.nn.Parameter(torch.zeros(1)) for _ in content["optimizer"]["state"]]
+    )
     adam.load_state_dict(content["optimizer"])
     scheduler = torch.optim.lr_scheduler.MultiStepLR(adam, [5, 15])
     scheduler.load_state_dict(content["lr_scheduler"])
@@ -202,8 +268,21 @@ def test_the_checkpoint_has_torchdistills_entries(three_processes):
 def uninterrupted(dataset, teachers, tmp_path_factory):
     """Two epochs in one go, on one process."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    process = run("train.py", *train_flags("fasterrcnn", dataset, teachers, folder, "--epochs", 2,
-                                           "--limit-val", 4, "--log-every", 1))
+    process = run(
+        "train.py",
+        *train_flags(
+            "fasterrcnn",
+            dataset,
+            teachers,
+            folder,
+            "--epochs",
+            2,
+            "--limit-val",
+            4,
+            "--log-every",
+            1,
+        ),
+    )
     assert process.returncode == 0, process.stderr
     return folder
 
@@ -211,38 +290,53 @@ def uninterrupted(dataset, teachers, tmp_path_factory):
 def equal_but_for_speed(a, b):
     speed = ("images_per_second", "data_wait", "peak_memory_mib", "eta_seconds")
     return [{k: v for k, v in r.items() if k not in speed} for r in a] == [
-        {k: v for k, v in r.items() if k not in speed} for r in b]
+        {k: v for k, v in r.items() if k not in speed} for r in b
+    ]
 
 
 def test_two_epochs_are_one_and_one_resumed(uninterrupted, dataset, teachers, tmp_path):
-    flags = [*train_flags("fasterrcnn", dataset, teachers, tmp_path, "--limit-val", 4, "--log-every", 1), "--resume"]
+    flags = [
+        *train_flags("fasterrcnn", dataset, teachers, tmp_path, "--limit-val", 4, "--log-every", 1),
+        "--resume",
+    ]
     first = run("train.py", *flags, "--epochs", 1)  # --resume where there is nothing to resume
     assert first.returncode == 0, first.stderr
     metrics = tmp_path / "fasterrcnn" / "metrics.jsonl"
     stray = records(tmp_path / "fasterrcnn", "step")[-1] | {"epoch": 1}
-    metrics.write_text(metrics.read_text() + json.dumps(stray) + "\n")  # as a crash in epoch 1 leaves it
+    metrics.write_text(
+        metrics.read_text() + json.dumps(stray) + "\n"
+    )  # as a crash in epoch 1 leaves it
     second = run("train.py", *flags, "--epochs", 2)
     assert second.returncode == 0, second.stderr
     assert "resuming after epoch 0" in second.stdout
     for kind in ("step", "epoch"):
-        assert equal_but_for_speed(records(tmp_path / "fasterrcnn", kind),
-                                   records(uninterrupted / "fasterrcnn", kind))
+        assert equal_but_for_speed(
+            records(tmp_path / "fasterrcnn", kind), records(uninterrupted / "fasterrcnn", kind)
+        )
     for name in (BEST.format("fasterrcnn"), "fasterrcnn/last.pt"):
-        a, b = (torch.load(folder / name, weights_only=True) for folder in (uninterrupted, tmp_path))
+        a, b = (
+            torch.load(folder / name, weights_only=True) for folder in (uninterrupted, tmp_path)
+        )
         for entry in ("model", "optimizer", "lr_scheduler", "best_value"):
             assert same_tensors(a[entry], b[entry]), (name, entry)
         assert a["progress"] == b["progress"]
 
 
-def test_an_epoch_that_was_not_validated_is_validated_on_resuming(uninterrupted, dataset, teachers, tmp_path):
+def test_an_epoch_that_was_not_validated_is_validated_on_resuming(
+    uninterrupted, dataset, teachers, tmp_path
+):
     last = torch.load(uninterrupted / "fasterrcnn" / "last.pt", weights_only=True)
     last["progress"]["validated"] = False
     best_value = last["progress"]["best_value"]
     last["progress"]["best_value"] = float("-inf")
     (tmp_path / "fasterrcnn").mkdir()
     torch.save(last, tmp_path / "fasterrcnn" / "last.pt")
-    process = run("train.py", *train_flags("fasterrcnn", dataset, teachers, tmp_path, "--limit-val", 4, "--epochs", 2,
-                                           "--resume"))
+    process = run(
+        "train.py",
+        *train_flags(
+            "fasterrcnn", dataset, teachers, tmp_path, "--limit-val", 4, "--epochs", 2, "--resume"
+        ),
+    )
     assert process.returncode == 0, process.stderr
     assert not records(tmp_path / "fasterrcnn", "step")
     validated = records(tmp_path / "fasterrcnn", "epoch")
@@ -250,18 +344,51 @@ def test_an_epoch_that_was_not_validated_is_validated_on_resuming(uninterrupted,
     assert validated[0]["figures"]["bbox"][0] <= best_value
 
 
-def test_the_same_command_gives_the_same_losses_and_bytes(uninterrupted, dataset, teachers, tmp_path):
-    again = run("train.py", *train_flags("fasterrcnn", dataset, teachers, tmp_path, "--epochs", 2,
-                                         "--limit-val", 4, "--log-every", 1))
+def test_the_same_command_gives_the_same_losses_and_bytes(
+    uninterrupted, dataset, teachers, tmp_path
+):
+    again = run(
+        "train.py",
+        *train_flags(
+            "fasterrcnn",
+            dataset,
+            teachers,
+            tmp_path,
+            "--epochs",
+            2,
+            "--limit-val",
+            4,
+            "--log-every",
+            1,
+        ),
+    )
     assert again.returncode == 0, again.stderr
     for kind in ("step", "epoch", "test"):
-        assert equal_but_for_speed(*(records(f / "fasterrcnn", kind) for f in (uninterrupted, tmp_path)))
+        assert equal_but_for_speed(
+            *(records(f / "fasterrcnn", kind) for f in (uninterrupted, tmp_path))
+        )
     for name in (BEST.format("fasterrcnn"), "fasterrcnn/last.pt"):
         assert (uninterrupted / name).read_bytes() == (tmp_path / name).read_bytes()
-    seeded = train_flags("fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1, "--limit-val", 1,
-                         "--limit-train", 12, "--seed", 1, "--overwrite")
+    seeded = train_flags(
+        "fasterrcnn",
+        dataset,
+        teachers,
+        tmp_path,
+        "--epochs",
+        1,
+        "--limit-val",
+        1,
+        "--limit-train",
+        12,
+        "--seed",
+        1,
+        "--overwrite",
+    )
     assert run("train.py", *seeded).returncode == 0
-    assert records(tmp_path / "fasterrcnn", "step")[0]["loss"] != records(uninterrupted / "fasterrcnn", "step")[0]["loss"]
+    assert (
+        records(tmp_path / "fasterrcnn", "step")[0]["loss"]
+        != records(uninterrupted / "fasterrcnn", "step")[0]["loss"]
+    )
 
 
 def test_learning_rate_follows_the_published_log(dataset, teachers, tmp_path):
@@ -276,8 +403,11 @@ def test_learning_rate_follows_the_published_log(dataset, teachers, tmp_path):
 def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(caplog, monkeypatch):
     monkeypatch.setattr(train.evaluate, "evaluate", lambda *_: {"bbox": [0.35] * 12})
     args = train.argparse.Namespace(device=None, workers=0, limit_train=None, limit_val=None)
-    for experiment, expected in ((train.FASTERRCNN, True), (replace(train.FASTERRCNN, seed=7), True),
-                                 (replace(train.FASTERRCNN, min_size=600), False)):
+    for experiment, expected in (
+        (train.FASTERRCNN, True),
+        (replace(train.FASTERRCNN, seed=7), True),
+        (replace(train.FASTERRCNN, min_size=600), False),
+    ):
         caplog.clear()
         progress = train.Progress(train_images=117_266, epoch=1)
         with caplog.at_level("INFO", "ghnd"):
@@ -288,10 +418,25 @@ def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(caplo
 
 
 def test_bfloat16_trains_too(dataset, teachers, tmp_path):
-    process = run("train.py", *train_flags("fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1, "--limit-train",
-                                           12, "--limit-val", 2, "--amp", "bf16"))
+    process = run(
+        "train.py",
+        *train_flags(
+            "fasterrcnn",
+            dataset,
+            teachers,
+            tmp_path,
+            "--epochs",
+            1,
+            "--limit-train",
+            12,
+            "--limit-val",
+            2,
+            "--amp",
+            "bf16",
+        ),
+    )
     assert process.returncode == 0, process.stderr
-    step, = records(tmp_path / "fasterrcnn", "step")
+    (step,) = records(tmp_path / "fasterrcnn", "step")
     assert step["loss"] > 0 and all(0 < e < 3 for e in step["relative_errors"])
 
 
@@ -302,11 +447,15 @@ def test_the_demo_shows_what_it_says(tmp_path):
     first, last = ([s for s in steps if s["epoch"] == epoch] for epoch in (0, steps[-1]["epoch"]))
     assert len(steps) > 24 and sum(s["loss"] for s in last) < 0.75 * sum(s["loss"] for s in first)
     for layer in range(4):
-        assert sum(s["relative_errors"][layer] for s in last) < 0.8 * sum(s["relative_errors"][layer] for s in first)
+        assert sum(s["relative_errors"][layer] for s in last) < 0.8 * sum(
+            s["relative_errors"][layer] for s in first
+        )
     assert "all fell" in process.stdout
     command = process.stdout.splitlines()[-1].split()
     assert command[:2] == ["python", "evaluate.py"]
     figures = figures_of(run("evaluate.py", *command[2:], cwd=tmp_path))
     assert figures == records(tmp_path / "demo" / "fasterrcnn", "test")[0]["figures"]
-    again = run("train.py", "--demo", "--epochs", 1, cwd=tmp_path)  # a scratch folder: no questions asked
+    again = run(
+        "train.py", "--demo", "--epochs", 1, cwd=tmp_path
+    )  # a scratch folder: no questions asked
     assert again.returncode == 0, again.stderr
