@@ -1,4 +1,4 @@
-"""COCO without its labels: which images, in which batches, and their bytes. Also the demo data set."""
+"""COCO without its labels: which images, in which batches, their bytes. Also the demo data set."""
 
 import contextlib
 import hashlib
@@ -79,12 +79,13 @@ def _load_index(annotation_file: Path) -> CocoIndex:
 
 
 def read_json(annotation_file: Path) -> dict[str, Any]:
-    """Read a COCO instances file. Raises ValueError, naming it, if it is broken or something else."""
+    """Read a COCO instances file. Raises ValueError, naming it, if it is broken or another kind."""
     try:
         content = json.loads(annotation_file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{annotation_file} is no whole JSON file ({error})") from error
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+    needed = {"images", "annotations", "categories"}
+    if not isinstance(content, dict) or not needed <= content.keys():
         raise ValueError(f"{annotation_file} is not a COCO instances file: "
                          "it needs images, annotations and categories")
     return content
@@ -93,8 +94,8 @@ def read_json(annotation_file: Path) -> dict[str, Any]:
 def parse_annotations(annotation_file: Path) -> CocoIndex:
     """Read a COCO instances file and keep what CocoIndex holds.
 
-    An image is usable when it has an annotation, crowd or not, and not all of its boxes have a width
-    or a height of at most 1 pixel (torchvision references, _has_valid_annotation).
+    An image is usable when it has an annotation, crowd or not, and not all of its boxes have a
+    width or a height of at most 1 pixel (torchvision references, _has_valid_annotation).
     """
     content = read_json(annotation_file)
     try:
@@ -116,12 +117,12 @@ def parse_annotations(annotation_file: Path) -> CocoIndex:
 def load_split(data_dir: Path, split: str, limit: int | None = None) -> tuple[CocoIndex, Path]:
     """Return the images of "train" (usable ones) or "val" (all), and the folder they lie in.
 
-    limit: take only the first so many. Raises FileNotFoundError or ValueError if nothing can be read.
+    limit: take only the first so many. Raises FileNotFoundError or ValueError, naming the path.
     """
     folder = data_dir / f"{split}2017"
     index = load_index(data_dir / "annotations" / f"instances_{split}2017.json")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}/ is missing; --data-dir must hold COCO's {split}2017 images")
+        raise FileNotFoundError(f"{folder}/ is missing; --data-dir must hold COCO's images")
     index = (index[index.usable] if split == "train" else index)[:limit]
     if len(index) == 0:
         raise ValueError(f"{data_dir} has no images to use in its {split}2017 annotations")
@@ -176,9 +177,9 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, k: int = 3) -> 
 def group_batches(order: Iterable[int], groups: Sequence[int], batch_size: int) -> list[list[int]]:
     """Cut an order of images into batches of one group each, in the order in which they fill up.
 
-    Left-over groups, largest first, are filled up from the images first seen in the same group, until
-    there are len(order) // batch_size batches (torchvision references, GroupedBatchSampler, which
-    fails where a group has too few images to fill its batch; here they are repeated).
+    Left-over groups, largest first, are filled up from the images first seen in the same group,
+    until there are len(order) // batch_size batches (torchvision references, GroupedBatchSampler,
+    which fails where a group has too few images to fill its batch; here they are repeated).
     """
     batches, pending, seen = [], defaultdict(list), defaultdict(list)
     for image in order:
@@ -187,7 +188,7 @@ def group_batches(order: Iterable[int], groups: Sequence[int], batch_size: int) 
         seen[group].append(image)
         if len(pending[group]) == batch_size:
             batches.append(pending.pop(group))
-            pending[group] = []  # last in the dict again: this decides between left-overs of one size
+            pending[group] = []  # last in the dict again: it decides between equal left-overs
     missing = sum(map(len, seen.values())) // batch_size - len(batches)
     for group in sorted(pending, key=lambda group: len(pending[group]), reverse=True)[:missing]:
         fill = itertools.islice(itertools.cycle(seen[group]), batch_size - len(pending[group]))
@@ -202,7 +203,8 @@ class GroupedBatches(Sampler):
     image, not from the process or worker that loads it. Set `epoch` before each pass.
     """
 
-    def __init__(self, index: CocoIndex, batch_size: int, rank: int, world_size: int, seed: int = 0) -> None:
+    def __init__(self, index: CocoIndex, batch_size: int, rank: int, world_size: int,
+                 seed: int = 0) -> None:
         self.groups = aspect_ratio_groups(index.widths, index.heights).tolist()
         self.shuffle = DistributedSampler(range(len(index)), world_size, rank, seed=seed)
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
@@ -217,7 +219,9 @@ class GroupedBatches(Sampler):
             yield [(image, bool(flips[image])) for image in batch]
 
 
-def train_loader(images: CocoImages, batches: GroupedBatches, workers: int, pin: bool) -> DataLoader:
+def train_loader(
+    images: CocoImages, batches: GroupedBatches, workers: int, pin: bool
+) -> DataLoader:
     """Load batches as lists of uint8 images, in workers that live as long as the loader."""
     return DataLoader(images, batch_sampler=batches, collate_fn=list, num_workers=workers,
                       pin_memory=pin, persistent_workers=workers > 0)
@@ -272,9 +276,9 @@ def _draw(rng: np.random.Generator, h: int, w: int, shapes: int) -> tuple[np.nda
         half = rng.uniform(12, 50, 2)
         centre = rng.uniform(half, np.array([w, h]) - half - 1)
         category = int(rng.integers(1, 3))
-        angles = np.arange(4) * np.pi / 2 + np.pi / 4 if category == 1 else np.arange(16) * np.pi / 8
-        scale = np.sqrt(2) if category == 1 else 1.0
-        drawn.append((category, centre + scale * half * np.stack([np.cos(angles), np.sin(angles)], 1)))
+        angles = np.arange(16) * np.pi / 8 if category == 2 else (np.arange(4) + 0.5) * np.pi / 2
+        radii = half if category == 2 else np.sqrt(2) * half
+        drawn.append((category, centre + radii * np.stack([np.cos(angles), np.sin(angles)], 1)))
         dx, dy = np.abs(x - centre[0]) / half[0], np.abs(y - centre[1]) / half[1]
         inside = np.maximum(dx, dy) <= 1 if category == 1 else dx**2 + dy**2 <= 1
         picture = np.where(inside, rng.uniform(0, 255, (3, 1, 1)), picture)

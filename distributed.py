@@ -1,4 +1,4 @@
-"""Processes: start-up under torchrun or alone, the few collectives in use, logging, and errors told once."""
+"""Start-up under torchrun or alone, the few collectives in use, logging, and errors told once."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("ghnd")
 log = logger.info
-USER_ERRORS = (OSError, ValueError, FloatingPointError)  # what a user can cause: no traceback for these
+USER_ERRORS = (OSError, ValueError, FloatingPointError)  # told without a traceback
 
 
 def rank() -> int:
@@ -71,9 +71,9 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         message, status = "interrupted", 130
     elif isinstance(error, (argparse.ArgumentError, *USER_ERRORS)):
-        # an error raised in a loader worker arrives with the worker's traceback before its last line
-        name = f"{type(error).__name__}: "
-        message = str(error).strip().rsplit(f"\n{name}", 1)[-1] if "Traceback" in str(error) else str(error)
+        message = str(error)
+        if "Traceback" in message:  # from a loader's worker: the message follows its traceback
+            message = message.strip().rsplit(f"\n{type(error).__name__}: ", 1)[-1]
         status = 2 if isinstance(error, argparse.ArgumentError) else 1
     else:
         message, status = "".join(traceback.format_exception(error)), 1
@@ -100,8 +100,9 @@ def start(device: str = "auto") -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"--device cuda: process {local_rank} of this machine has no GPU, it has "
-                             f"{torch.cuda.device_count()}; lower --nproc_per_node or use --device cpu")
+            raise ValueError(
+                f"--device cuda: process {local_rank} of this machine has no GPU, it has "
+                f"{torch.cuda.device_count()}; lower --nproc_per_node or use --device cpu")
         torch.cuda.set_device(local_rank)
     if device == "mps" and (world_size() > 1 or not torch.backends.mps.is_available()):
         raise ValueError("--device mps needs an Apple GPU and a single process")

@@ -1,6 +1,6 @@
 """COCO box and mask mAP of a student checkpoint, beside its teacher's and the published figures.
 
-    python evaluate.py --ckpt coco/ghnd/coco2017-custom_maskrcnn_resnet_fpn_from_maskrcnn_resnet50_fpn.pt
+    python evaluate.py --ckpt coco/ghnd/coco2017-custom_maskrcnn_..._fpn.pt --teacher
 """
 
 import contextlib
@@ -27,9 +27,10 @@ import models
 from distributed import log
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-REPORTED = {  # AP of torchvision's COCO_V1 weights and of torchdistill's students (arXiv 2011.12913)
+REPORTED = {  # AP of torchvision's COCO_V1 weights, and of the students (arXiv 2011.12913)
     "fasterrcnn": {"teacher": {"bbox": 0.370}, "student": {"bbox": 0.359}},
-    "maskrcnn": {"teacher": {"bbox": 0.379, "segm": 0.346}, "student": {"bbox": 0.369, "segm": 0.336}},
+    "maskrcnn": {"teacher": {"bbox": 0.379, "segm": 0.346},
+                 "student": {"bbox": 0.369, "segm": 0.336}},
 }
 PROGRESS_EVERY = 15  # seconds
 
@@ -60,7 +61,7 @@ class ValSet:
 
 
 def encode_masks(masks: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:
-    """Cut masks (N, h, w) at 0.5 and encode them, as pycocotools.mask.encode does, to N dicts of RLE.
+    """Cut masks (N, h, w) at 0.5 and encode them to N RLEs, equal to pycocotools.mask.encode's.
 
     Only the surroundings of each box (N, 4), x0 y0 x1 y1, are looked at: torchvision pastes a mask
     into its box, enlarged by 1/14 and rounded, and leaves zeros elsewhere.
@@ -74,8 +75,8 @@ def encode_masks(masks: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:
         column = np.zeros((x1 - x0, y1 - y0 + 2), dtype=bool)  # COCO's RLE runs down the columns
         column[:, 1:-1] = mask[y0:y1, x0:x1].T > 0.5
         x, y = np.nonzero(column[:, 1:] != column[:, :-1])
-        edges = (x0 + x) * h + y0 + y  # where 0 turns to 1 or back, as positions in the flattened mask
-        goes_on = np.flatnonzero(np.diff(edges) == 0)  # from the foot of a column to the next one's head
+        edges = (x0 + x) * h + y0 + y  # where 0 turns to 1 or back in the flattened mask
+        goes_on = np.flatnonzero(np.diff(edges) == 0)  # from a column's foot to the next one's head
         edges = np.delete(edges, [*goes_on, *goes_on + 1])
         counts = np.diff(edges, prepend=0, append=h * w)
         runs.append({"size": [h, w], "counts": counts[: len(counts) - (counts[-1] == 0)]})
@@ -86,8 +87,8 @@ def encode_masks(masks: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:
 def to_coco(image_id: int, output: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Turn one image's torchvision detections into COCO results, in the detector's order.
 
-    output: boxes (N, 4) x0 y0 x1 y1 in pixels of the original image, scores (N,), labels (N,), which
-    are COCO category ids, and for Mask R-CNN masks (N, 1, h, w) in [0, 1], cut at 0.5.
+    output: boxes (N, 4) x0 y0 x1 y1 in pixels of the original image, scores (N,), labels (N,),
+    which are COCO category ids, and for Mask R-CNN masks (N, 1, h, w) in [0, 1], cut at 0.5.
     Returns N dicts: image_id, category_id, bbox (x y w h), score, and segmentation (RLE).
     """
     columns = {"category_id": output["labels"].tolist(),
@@ -95,15 +96,18 @@ def to_coco(image_id: int, output: dict[str, Tensor]) -> list[dict[str, Any]]:
                "score": output["scores"].tolist()}
     if "masks" in output:
         masks = output["masks"][:, 0]
-        masks = masks if masks.device.type == "cpu" else (masks > 0.5).cpu()  # bytes travel, not floats
+        if masks.device.type != "cpu":
+            masks = (masks > 0.5).cpu()  # so that bytes travel, not floats
         columns["segmentation"] = encode_masks(masks.numpy(), output["boxes"].cpu().numpy())
     return [{"image_id": image_id, **dict(zip(columns, row))}
             for row in zip(*columns.values(), strict=True)]
 
 
 @torch.inference_mode()
-def detect(detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str) -> list | None:
-    """Run the detector over all images, each on one process, and collect COCO results on the main one.
+def detect(
+    detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str
+) -> list[list[dict[str, Any]]] | None:
+    """Run the detector over all images, each on one process; collect COCO results on the main one.
 
     Returns one list of results per image, in the index's order; None on the other processes.
     """
@@ -117,8 +121,8 @@ def detect(detector: nn.Module, val: ValSet, device: torch.device, workers: int,
         results.append(to_coco(image_id, output))
         if (now := time.monotonic()) - reported > PROGRESS_EVERY:
             reported, speed = now, len(results) / (now - begin)
-            log(f"{title}: image {len(results)}/{len(image_ids)} of this process, {speed:.2f} img/s, "
-                f"{(len(image_ids) - len(results)) / speed:.0f} s left")
+            log(f"{title}: image {len(results)}/{len(image_ids)} of this process, "
+                f"{speed:.2f} img/s, {(len(image_ids) - len(results)) / speed:.0f} s left")
     shares = distributed.gather(results)
     if shares is None:
         return None
@@ -126,14 +130,24 @@ def detect(detector: nn.Module, val: ValSet, device: torch.device, workers: int,
     return [results for results in by_position if results is not None]
 
 
-def coco_figures(coco: COCO, results: Iterable[dict[str, Any]], image_ids: Sequence[int], kind: str) -> list[float]:
-    """Return COCOeval's 12 figures for "bbox" or "segm" over these images, as pycocotools gives them.
+def of_kind(results: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Copy COCO results with their boxes or their masks alone.
 
-    A figure is -1 where there is nothing to find. Mask results go in without their boxes: pycocotools
-    would otherwise take the detections' areas from them and shift AP small, medium and large.
+    Given both, pycocotools would take the areas of masks from their boxes and shift AP small,
+    medium and large.
     """
     drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
-    results = [{key: value for key, value in r.items() if key != drop} for r in results]
+    return [{key: value for key, value in r.items() if key != drop} for r in results]
+
+
+def coco_figures(
+    coco: COCO, results: Iterable[dict[str, Any]], image_ids: Sequence[int], kind: str
+) -> list[float]:
+    """Return COCOeval's 12 figures for "bbox" or "segm" over these images, as pycocotools has them.
+
+    A figure is -1 where there is nothing to find.
+    """
+    results = of_kind(results, kind)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and its table
         found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
         evaluation = COCOeval(coco, found, kind)
@@ -161,8 +175,7 @@ def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: in
             figures[kind] = coco_figures(val.coco, results, val.index.ids.tolist(), kind)
             if save_to is not None:
                 path = save_to if kind == "bbox" else save_to.with_suffix(".segm.json")
-                drop = "bbox" if kind == "segm" else "segmentation"
-                path.write_text(json.dumps([{k: v for k, v in r.items() if k != drop} for r in results]))
+                path.write_text(json.dumps(of_kind(results, kind)))
                 log(f"{len(results)} {kind} results written to {path}")
     return distributed.broadcast(figures)
 
@@ -182,11 +195,12 @@ def add_common_flags(parser: distributed.Parser) -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("~/datasets/coco2017"), metavar="DIR",
                         help="train2017/, val2017/ and annotations/ as COCO has them (%(default)s)")
     parser.add_argument("--teacher-ckpt", metavar="FILE",
-                        help="the teacher's weights, a torchvision state dict; default: download COCO_V1")
+                        help="the teacher, a torchvision state dict (default: download COCO_V1)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
     parser.add_argument("--workers", type=natural, default=min(4, os.cpu_count() or 1), metavar="N",
                         help="image-loading processes per process, 0 for none (%(default)s)")
-    parser.add_argument("--limit-val", type=positive, metavar="N", help="only the first N images of val2017")
+    parser.add_argument("--limit-val", type=positive, metavar="N",
+                        help="only the first N images of val2017")
     parser.add_argument("--min-size", type=positive, default=800, metavar="PX",
                         help="resize the shorter side to this (%(default)s)")
     parser.add_argument("--max-size", type=positive, default=1333, metavar="PX",
@@ -208,8 +222,8 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    parser = distributed.Parser(description="COCO figures of a GHND student, by pycocotools over val2017.")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="ours or torchdistill's checkpoint")
+    parser = distributed.Parser(description="COCO figures of a GHND student, by pycocotools.")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="ours or torchdistill's")
     parser.add_argument("--teacher", action="store_true", help="evaluate the teacher too")
     parser.add_argument("--save-detections", type=Path, metavar="FILE",
                         help="write the student's results, in COCO's format, to this .json file")
@@ -221,7 +235,8 @@ def main() -> None:
     detectors = {"student": student}
     if args.teacher:
         with distributed.main_first():
-            detectors = {"teacher": models.load_teacher(arch, args.teacher_ckpt, **sizes), **detectors}
+            teacher = models.load_teacher(arch, args.teacher_ckpt, **sizes)
+        detectors = {"teacher": teacher, **detectors}
     if args.save_detections:
         args.save_detections.touch()  # better to fail now than after an hour
     val = ValSet(args.data_dir.expanduser(), args.limit_val)

@@ -18,7 +18,8 @@ def squared_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
     if shapes[0] != shapes[1]:
         raise ValueError(f"student maps are {shapes[0]}, teacher maps {shapes[1]}")
     return torch.stack([
-        F.mse_loss(_wide(s), _wide(t), reduction="sum") for s, t in zip(student, teacher, strict=True)
+        F.mse_loss(_wide(s), _wide(t), reduction="sum")
+        for s, t in zip(student, teacher, strict=True)
     ])
 
 

@@ -51,7 +51,9 @@ def build_detector(arch: str, min_size: int = 800, max_size: int = 1333) -> nn.M
     return detector.eval().requires_grad_(False)
 
 
-def load_teacher(arch: str, path: str | None = None, min_size: int = 800, max_size: int = 1333) -> nn.Module:
+def load_teacher(
+    arch: str, path: str | Path | None = None, min_size: int = 800, max_size: int = 1333
+) -> nn.Module:
     """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
 
     path: a torchvision-format state dict on disk; None downloads COCO_V1 into torch.hub's cache.
@@ -61,14 +63,15 @@ def load_teacher(arch: str, path: str | None = None, min_size: int = 800, max_si
     if path is None:
         try:
             state = COCO_V1[arch].get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
-            raise OSError(f"cannot download the teacher's weights ({error}); fetch {COCO_V1[arch].url} "
-                          "elsewhere and name the file with --teacher-ckpt") from error
+        except (OSError, RuntimeError) as error:  # no network, a wrong hash
+            raise OSError(
+                f"cannot download the teacher's weights ({error}); fetch {COCO_V1[arch].url} "
+                "elsewhere and name the file with --teacher-ckpt") from error
     else:
         state = detector_state(load_checkpoint(path), path)
         if any(".layer1.encoder." in key for key in state) or architecture(state) != arch:
-            raise ValueError(f"{path} does not hold a teacher for --arch {arch}, which is torchvision's "
-                             f"{arch}_resnet50_fpn")
+            raise ValueError(f"{path} does not hold a teacher for --arch {arch}, which is "
+                             f"torchvision's {arch}_resnet50_fpn")
     load_weights(teacher, state, path or COCO_V1[arch].url)
     return teacher
 
@@ -130,7 +133,7 @@ def fold_frozen_bn(module: nn.Module) -> nn.Module:
     """
     module = copy.deepcopy(module)
     for parent in list(module.modules()):
-        children = list(parent.named_children())  # torchvision registers each bn right after its conv
+        children = list(parent.named_children())  # torchvision registers a bn right after its conv
         for (conv_name, conv), (bn_name, bn) in itertools.pairwise(children):
             if isinstance(bn, FrozenBatchNorm2d):
                 parent.add_module(conv_name, fuse_conv_bn_eval(conv, bn))
@@ -173,7 +176,8 @@ class Distiller(nn.Module):
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a file that is, at every moment, either the old one or the whole new one."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    prefix = f".{path.name}."
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as file:
         try:
             torch.save(content, file)
             file.flush()
@@ -231,21 +235,23 @@ def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tenso
 
 
 def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load strictly, through the modules, which also know the key names of 2020 (torchvision 0.7)."""
+    """Load strictly, through the modules, which also know the key names of torchvision 0.7."""
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
-        lines = str(error).splitlines()[1:]
-        reason = " ".join(" ".join(lines).split())
-        raise ValueError(f"{path} does not fit {type(detector).__name__}: {reason[:300]}") from error
+        reason = " ".join(" ".join(str(error).splitlines()[1:]).split())[:300]
+        raise ValueError(f"{path} does not fit {type(detector).__name__}: {reason}") from error
 
 
 def architecture(state: dict[str, Tensor]) -> str:
-    """Return "maskrcnn" or "fasterrcnn": no file says which detector it holds, other than by its keys."""
-    return "maskrcnn" if any(key.startswith("roi_heads.mask_head.") for key in state) else "fasterrcnn"
+    """Return "maskrcnn" or "fasterrcnn"; no file says which, other than by its keys."""
+    has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
+    return "maskrcnn" if has_masks else "fasterrcnn"
 
 
-def load_student(path: str | Path, min_size: int = 800, max_size: int = 1333) -> tuple[nn.Module, str]:
+def load_student(
+    path: str | Path, min_size: int = 800, max_size: int = 1333
+) -> tuple[nn.Module, str]:
     """Build the student that a checkpoint holds. Returns it in eval mode, and its architecture.
 
     The width of its bottleneck follows from the shapes.

@@ -42,7 +42,7 @@ class Experiment:
     bottleneck_channels: int        # channels that cross the split point
     epochs: int
     images_per_step: int            # over all processes and micro-batches together
-    images_per_loss: int            # loss and gradient are scaled to this many: one GPU's share in 2020
+    images_per_loss: int            # loss and gradient are scaled to as many: a GPU's share in 2020
     lr: float                       # Adam, no weight decay; never scaled by the number of processes
     lr_drops: tuple[int, ...]       # from these epochs on (counted from 0), ...
     lr_drop_factor: float           # ... lr is this many times what it was
@@ -54,7 +54,7 @@ class Experiment:
     published_box_map: tuple[float | None, ...]  # after each epoch; None: not better than before
 
 
-# Both: arXiv 2011.12913, torchdistill's rrpr2020 configurations, and the logs published beside them.
+# Both: arXiv 2011.12913, torchdistill's rrpr2020 configurations and the logs beside them.
 FASTERRCNN = Experiment(
     arch="fasterrcnn", bottleneck_channels=3, epochs=20, images_per_step=12, images_per_loss=4,
     lr=1e-3, lr_drops=(5, 15), lr_drop_factor=0.1, min_size=800, max_size=1333, seed=0,
@@ -82,7 +82,7 @@ DEMO_DIR = Path("demo")
 
 
 def micro_batches(images_per_step: int, world_size: int) -> tuple[int, int]:
-    """Split a step: returns (images in a micro-batch, at most 4; micro-batches per process and step).
+    """Split a step: return images in a micro-batch, at most 4, and micro-batches per process.
 
     Raises argparse.ArgumentError where the processes cannot share the step evenly.
     """
@@ -105,11 +105,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, experiment: Experiment) ->
 
 def train_epoch(
     experiment: Experiment, distiller: models.Distiller, transform: nn.Module, loader: DataLoader,
-    optimizer: torch.optim.Optimizer, epoch: int, bf16: bool, log_every: int, report: Callable[..., None],
+    optimizer: torch.optim.Optimizer, epoch: int, bf16: bool, log_every: int,
+    report: Callable[..., None],
 ) -> float:
     """Train one epoch, report on it every log_every steps, and return its mean loss.
 
-    transform: the detector's own, GeneralizedRCNNTransform. loader: lists of uint8 (3, h, w) images.
+    transform: the detector's own GeneralizedRCNNTransform. loader: lists of uint8 (3, h, w) images.
     Raises FloatingPointError, on all processes alike, when the loss is no longer finite.
     """
     device, stem = next(distiller.parameters()).device, distiller.student_stem
@@ -118,7 +119,7 @@ def train_epoch(
     steps = len(loader) // accumulation
     # the loss of a step is (sum over its 12 images) / 3, and DDP averages over the processes
     scale = experiment.images_per_loss / experiment.images_per_step
-    window: list[Tensor] = []  # (2, layers) each, errors and energies of a micro-batch, on the device
+    window: list[Tensor] = []  # (2, layers) each: a micro-batch's errors and energies, on device
     epoch_loss, reported, waited = 0.0, 0, 0.0
     begin = window_begin = time.perf_counter()
     stem.train()
@@ -148,10 +149,11 @@ def train_epoch(
                 raise FloatingPointError(f"the loss is {loss} at epoch {epoch}, step {step}; the "
                                          "checkpoints on disk are those of earlier epochs")
             now = time.perf_counter()
+            took = now - window_begin
             report(kind="step", epoch=epoch, step=step, steps=steps, loss=loss,
                    relative_errors=(errors / energies).tolist(), lr=optimizer.param_groups[0]["lr"],
-                   images_per_second=(step - reported) * experiment.images_per_step / (now - window_begin),
-                   data_wait=waited / (now - window_begin), peak_memory_mib=peak_memory_mib(device),
+                   images_per_second=(step - reported) * experiment.images_per_step / took,
+                   data_wait=waited / took, peak_memory_mib=peak_memory_mib(device),
                    eta_seconds=((experiment.epochs - epoch) * steps - step) * (now - begin) / step)
             epoch_loss += loss * (step - reported)
             window, waited, window_begin, reported = [], 0.0, now, step
@@ -162,7 +164,8 @@ def peak_memory_mib(device: torch.device) -> float:
     """Return the most memory used so far, in MiB: the GPU's or, on the CPU, this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ---- files of a run ------------------------------------------------------------------------------
@@ -179,47 +182,49 @@ class Progress:
 
 
 class Files:
-    """The files of a run: the best checkpoint, and in a folder beside it last.pt, metrics.jsonl, train.log."""
+    """The best checkpoint and, in a folder beside it, last.pt, metrics.jsonl and train.log."""
 
     def __init__(self, output_dir: Path, arch: str) -> None:
-        teacher = f"{arch}_resnet50_fpn"
-        self.best = output_dir / f"coco2017-custom_{arch}_resnet_fpn_from_{teacher}.pt"  # torchdistill's
+        name = f"coco2017-custom_{arch}_resnet_fpn_from_{arch}_resnet50_fpn.pt"  # torchdistill's
+        self.best = output_dir / name
         self.folder = output_dir / arch
         self.last, self.metrics = self.folder / "last.pt", self.folder / "metrics.jsonl"
 
     def claim(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Check that the files can be written; return last.pt's content if there is one to resume.
 
-        Raises FileExistsError rather than letting a run overwrite a checkpoint that it did not write.
+        Raises FileExistsError rather than let a run overwrite a checkpoint that it did not write.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
-            raise OSError(f"--output-dir {self.folder.parent} cannot be written: {error}") from error
+            folder = self.folder.parent
+            raise OSError(f"--output-dir {folder} cannot be written: {error}") from error
         last = models.load_checkpoint(self.last) if resume and self.last.exists() else None
         for path in (self.last, self.best):
             if path.exists() and not overwrite and (
                     last is None or recipe(models.load_checkpoint(path)) != recipe(last)):
                 raise FileExistsError(
-                    f"{path} exists and this run did not write it; --resume continues a run from its "
-                    "last.pt, --output-dir names another folder, --overwrite replaces the file")
+                    f"{path} exists and this run did not write it; --resume continues a run from "
+                    "its last.pt, --output-dir names another folder, --overwrite replaces the file")
         return last
 
     def report(self, **values: Any) -> None:
         """Append one record to metrics.jsonl, and log a line on it if it is a training step's."""
         if values["kind"] == "step":
-            log("epoch {epoch} step {step}/{steps} loss {loss:.4e} relative errors {errors} lr {lr:.0e} "
-                "{images_per_second:.1f} img/s, data wait {data_wait:.0%}, {peak_memory_mib:.0f} MiB, "
-                "ETA {eta}".format(**values, eta=timedelta(seconds=round(values["eta_seconds"])),
-                                   errors=" ".join(f"{e:.4f}" for e in values["relative_errors"])))
+            log("epoch {epoch} step {step}/{steps} loss {loss:.4e} relative errors {errors} "
+                "lr {lr:.0e} {images_per_second:.1f} img/s, data wait {data_wait:.0%}, "
+                "{peak_memory_mib:.0f} MiB, ETA {eta}".format(
+                    **values, eta=timedelta(seconds=round(values["eta_seconds"])),
+                    errors=" ".join(f"{e:.4f}" for e in values["relative_errors"])))
         if distributed.is_main():
             with self.metrics.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
     def trim_metrics(self, epoch: int) -> None:
-        """Drop from metrics.jsonl what was written after an epoch, because it is about to be repeated."""
+        """Drop from metrics.jsonl what came after an epoch, because it is about to be repeated."""
         if distributed.is_main():
             lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
             kept = [line + "\n" for line in lines if json.loads(line)["epoch"] <= epoch]
@@ -227,12 +232,14 @@ class Files:
 
 
 def recipe(content: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a checkpoint's experiment, but for the number of epochs, which may grow on resuming."""
+    """Return a checkpoint's experiment but for the number of epochs, which may grow on resuming."""
     config = content.get("config")
     return {**config, "epochs": None} if isinstance(config, dict) else None
 
 
-def check_resumable(last: dict[str, Any], path: Path, experiment: Experiment, train_images: int) -> None:
+def check_resumable(
+    last: dict[str, Any], path: Path, experiment: Experiment, train_images: int
+) -> None:
     """Raise ValueError unless last.pt was written by this experiment on as many images."""
     now = recipe({"config": asdict(experiment)}) | {"images": train_images}
     try:
@@ -241,43 +248,52 @@ def check_resumable(last: dict[str, Any], path: Path, experiment: Experiment, tr
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} was not written by train.py ({error})") from error
     if changed:
-        raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; give it "
-                         "those settings, or another --output-dir")
+        raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; "
+                         "give it those settings, or another --output-dir")
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def validate(student: nn.Module, val: evaluate.ValSet, args: argparse.Namespace, experiment: Experiment,
-             progress: Progress, mean_loss: float | None, report: Callable[..., None]) -> bool:
-    """Validate an epoch, update the progress, and tell how it went; returns whether it is the best."""
-    figures = evaluate.evaluate(student, val, args.device, args.workers, f"validation {progress.epoch}")
+def validate(
+    student: nn.Module, val: evaluate.ValSet, args: argparse.Namespace, experiment: Experiment,
+    progress: Progress, mean_loss: float | None, report: Callable[..., None],
+) -> bool:
+    """Validate an epoch, update the progress, tell how it went; return whether it is the best."""
+    title = f"validation of epoch {progress.epoch}"
+    figures = evaluate.evaluate(student, val, args.device, args.workers, title)
     box_map = figures["bbox"][0]
     best = box_map > progress.best_value
     progress.best_value, progress.validated = max(box_map, progress.best_value), True
-    log(f"epoch {progress.epoch}: " + (f"mean loss {mean_loss:.4e}, " if mean_loss is not None else "")
+    loss = f"mean loss {mean_loss:.4e}, " if mean_loss is not None else ""
+    log(f"epoch {progress.epoch}: {loss}"
         + ", ".join(f"{kind} mAP {values[0]:.4f}" for kind, values in figures.items())
         + (", the best so far" if best else f", best so far {progress.best_value:.4f}"))
     full_recipe = replace(experiment, seed=0) == EXPERIMENTS[experiment.arch]
     if full_recipe and not args.limit_train and not args.limit_val:
+        loss = experiment.published_loss[progress.epoch]
         published = experiment.published_box_map[progress.epoch]
-        log(f"    published: mean loss {experiment.published_loss[progress.epoch]:.4e} (of the first 9,001 "
-            f"steps), bbox mAP " + (f"{published:.4f}" if published else "no better than before"))
+        log(f"    published: mean loss {loss:.4e} (of the first 9,001 steps), bbox mAP "
+            + (f"{published:.4f}" if published else "no better than before"))
     report(kind="epoch", epoch=progress.epoch, loss=mean_loss, figures=figures, best=best)
     return best
 
 
 def parse_args() -> argparse.Namespace:
-    parser = distributed.Parser(description="Train a student detector by head network distillation.")
-    parser.add_argument("--arch", choices=EXPERIMENTS, help="which experiment; needed unless --demo")
+    parser = distributed.Parser(description="Train a student by head network distillation.")
+    parser.add_argument("--arch", choices=EXPERIMENTS,
+                        help="which experiment; needed unless --demo")
     parser.add_argument("--demo", action="store_true",
                         help=f"a small run on drawn images and a random teacher, below {DEMO_DIR}/")
     evaluate.add_common_flags(parser)
     parser.add_argument("--output-dir", type=Path, default=Path("coco/ghnd"), metavar="DIR",
-                        help="where the best checkpoint goes, and below it last.pt and logs (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="continue from last.pt, if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="replace checkpoints of other runs")
-    parser.add_argument("--amp", choices=["bf16"], help="run the networks in bfloat16, the loss in float32")
+                        help="for the best checkpoint; below it, last.pt and logs (%(default)s)")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue from last.pt, if there is one")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace checkpoints of other runs")
+    parser.add_argument("--amp", choices=["bf16"],
+                        help="run the networks in bfloat16, the loss in float32")
     parser.add_argument("--seed", type=evaluate.natural, default=0, metavar="N")
     parser.add_argument("--epochs", type=evaluate.positive, default=20, metavar="N")
     parser.add_argument("--images-per-step", type=evaluate.positive, default=12, metavar="N",
@@ -286,20 +302,20 @@ def parse_args() -> argparse.Namespace:
                         help="only the first N images of train2017")
     parser.add_argument("--log-every", type=evaluate.positive, default=100, metavar="STEPS")
     if parser.parse_known_args()[0].demo:
-        parser.set_defaults(arch="fasterrcnn", data_dir=DEMO_DIR / "coco", output_dir=DEMO_DIR, min_size=128,
-                            max_size=224, epochs=5, log_every=1, workers=1)
+        parser.set_defaults(arch="fasterrcnn", data_dir=DEMO_DIR / "coco", output_dir=DEMO_DIR,
+                            min_size=128, max_size=224, epochs=5, log_every=1, workers=1)
     args = parser.parse_args()
     if args.arch is None:
         parser.error("--arch fasterrcnn or --arch maskrcnn is needed")
     args.data_dir = args.data_dir.expanduser()
     if args.demo:
-        args.overwrite |= args.output_dir == DEMO_DIR  # a scratch folder, made for being overwritten
+        args.overwrite |= args.output_dir == DEMO_DIR  # which is made for being overwritten
         args.teacher_ckpt = args.teacher_ckpt or DEMO_DIR / f"teacher_{args.arch}.pt"
     return args
 
 
 def prepare_demo(args: argparse.Namespace) -> None:
-    """Draw the demo's images and make its teacher, where they are not there from an earlier demo."""
+    """Draw the demo's images and make its teacher, if an earlier demo has not done it."""
     if distributed.is_main() and not (args.data_dir / "annotations").exists():
         data.write_demo_dataset(args.data_dir)
     if distributed.is_main() and not args.teacher_ckpt.exists():
@@ -311,11 +327,11 @@ def prepare_demo(args: argparse.Namespace) -> None:
 
 
 def tell_demo(args: argparse.Namespace, files: Files) -> None:
-    """Say what the demo has shown: how far loss and relative errors went from first to last epoch."""
+    """Say how far loss and relative errors went from the demo's first epoch to its last."""
     records = [json.loads(line) for line in files.metrics.read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
     first, last = (
-        torch.tensor([[step["loss"], *step["relative_errors"]] for step in steps if step["epoch"] == epoch])
+        torch.tensor([[r["loss"], *r["relative_errors"]] for r in steps if r["epoch"] == epoch])
         .mean(0).tolist() for epoch in (0, steps[-1]["epoch"]))
     log("demo: from the first to the last epoch, the mean loss went "
         f"from {first[0]:.3e} to {last[0]:.3e}, the relative error of "
@@ -324,7 +340,8 @@ def tell_demo(args: argparse.Namespace, files: Files) -> None:
     fell = all(a > b for a, b in zip(first, last))
     log("demo: " + ("all fell: the student learns the teacher's features, from images alone"
                     if fell else "not all fell: this is not what the demo should show")
-        + ". mAP means nothing here, since this teacher is random.\ndemo: evaluate the checkpoint with\n"
+        + ". mAP means nothing here, since this teacher is random.\n"
+        "demo: evaluate the checkpoint with\n"
         f"    python evaluate.py --ckpt {files.best} --teacher --teacher-ckpt {args.teacher_ckpt} "
         f"--data-dir {args.data_dir} --min-size {args.min_size} --max-size {args.max_size}")
 
@@ -345,21 +362,25 @@ def main() -> None:
     # data
     index, folder = data.load_split(args.data_dir, "train", args.limit_train)
     if len(index) < experiment.images_per_step:
-        raise ValueError(f"there are {len(index)} images to train on, fewer than one step's "
-                         f"{experiment.images_per_step}: see {folder}, --limit-train, --images-per-step")
+        raise ValueError(
+            f"there are {len(index)} images to train on, fewer than one step's "
+            f"{experiment.images_per_step}: see {folder}, --limit-train, --images-per-step")
     batches = data.GroupedBatches(
         index, micro_batch, distributed.rank(), distributed.world_size(), experiment.seed)
-    loader = data.train_loader(data.CocoImages(index, folder), batches, args.workers, device.type == "cuda")
+    loader = data.train_loader(
+        data.CocoImages(index, folder), batches, args.workers, pin=device.type == "cuda")
     val = evaluate.ValSet(args.data_dir, args.limit_val)
 
     # teacher, student, optimizer
     with distributed.main_first():
-        teacher = models.load_teacher(args.arch, args.teacher_ckpt, args.min_size, args.max_size).to(device)
+        teacher = models.load_teacher(
+            args.arch, args.teacher_ckpt, args.min_size, args.max_size).to(device)
     torch.manual_seed(experiment.seed)
     student = models.build_student(teacher, experiment.bottleneck_channels).to(device)
     distiller = models.Distiller(teacher, student).to(memory_format=torch.channels_last)
     stem = distiller.student_stem
-    optimizer = torch.optim.Adam([p for p in stem.parameters() if p.requires_grad], lr=experiment.lr)
+    optimizer = torch.optim.Adam(
+        [p for p in stem.parameters() if p.requires_grad], lr=experiment.lr)
     scheduler = build_scheduler(optimizer, experiment)
 
     # what an earlier run with --resume has reached
@@ -374,11 +395,12 @@ def main() -> None:
     files.trim_metrics(progress.epoch)
     if distributed.world_size() > 1:
         distiller.student_stem = DistributedDataParallel(
-            stem, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-        # running statistics are broadcast once an epoch instead; the argument of this name is deprecated
+            stem, device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True)
+        # once an epoch is enough, see below; the constructor's argument of this name is deprecated
         distiller.student_stem.broadcast_buffers = False
-    log(f"{args.arch}: {len(index)} training images, {len(batches) // accumulation} steps an epoch of "
-        f"{distributed.world_size()} processes x {accumulation} x {micro_batch} images; "
+    log(f"{args.arch}: {len(index)} training images, {len(batches) // accumulation} steps an epoch "
+        f"of {distributed.world_size()} processes x {accumulation} x {micro_batch} images; "
         f"{len(val.index)} validation images; on {device.type}")
 
     def save(path: Path) -> None:
@@ -405,7 +427,8 @@ def main() -> None:
         finish_epoch(mean_loss)
 
     distributed.broadcast(None)  # the best checkpoint is written by now
-    models.load_weights(student, models.detector_state(models.load_checkpoint(files.best), files.best), files.best)
+    best = models.load_checkpoint(files.best)
+    models.load_weights(student, models.detector_state(best, files.best), files.best)
     figures = {who: evaluate.evaluate(detector, val, device, args.workers, f"test of the {who}")
                for who, detector in (("teacher", teacher), ("student", student))}
     files.report(kind="test", epoch=progress.epoch, figures=figures)
