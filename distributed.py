@@ -46,7 +46,7 @@ def session() -> Iterator[None]:
     try:
         yield
         if dist.is_initialized():
-            dist.barrier()
+            barrier()
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
         status = _report(error) if _first_to_fail() else 1
@@ -147,6 +147,11 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def barrier() -> None:
+    """Wait for all processes, on the CPU and so without a claim on any GPU."""
+    total(torch.zeros(1))
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process the main process's buffers (BatchNorm's running statistics)."""
     if dist.is_initialized():
@@ -158,8 +163,8 @@ def broadcast_buffers(module: nn.Module) -> None:
 def main_first() -> Iterator[None]:
     """Let each machine's first process do something (a download) before its other processes do."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not first:
-        dist.barrier()
+    if not first:
+        barrier()
     yield
-    if dist.is_initialized() and first:
-        dist.barrier()
+    if first:
+        barrier()

@@ -323,7 +323,7 @@ def prepare_demo(args: argparse.Namespace) -> None:
         images = [data.read_image(path) / 255 for path in sorted(folder.iterdir())[:8]]
         teacher = models.random_teacher(args.arch, images, 0, args.min_size, args.max_size)
         models.save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
-    distributed.broadcast(None)
+    distributed.barrier()
 
 
 def tell_demo(args: argparse.Namespace, files: Files) -> None:
@@ -426,7 +426,7 @@ def main() -> None:
         save(files.last)  # so that a crash while validating does not cost the epoch
         finish_epoch(mean_loss)
 
-    distributed.broadcast(None)  # the best checkpoint is written by now
+    distributed.barrier()  # the best checkpoint is written by now
     best = models.load_checkpoint(files.best)
     models.load_weights(student, models.detector_state(best, files.best), files.best)
     figures = {who: evaluate.evaluate(detector, val, device, args.workers, f"test of the {who}")

@@ -60,9 +60,8 @@ def test_collectives(nproc, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("said by") == 1 and "said by 0" in process.stdout
-    assert sorted(line for line in process.stdout.splitlines() if line.startswith("done")) == [
-        f"done {rank}" for rank in range(nproc or 1)
-    ]
+    for rank in range(nproc or 1):
+        assert process.stdout.count(f"done {rank}") == 1
 
 
 @pytest.mark.parametrize(
