@@ -8,6 +8,7 @@ part of that package, are 0.0.1's, in a process of their own. See README for the
 """
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,24 +111,30 @@ def make_steps(min_size, max_size, device, images):
 
         return step
 
-    def ours(bf16):
+    def ours(bf16=False, layout=torch.channels_last, fold=models.fold_frozen_bn):
         own, student = pair()
-        distiller = models.Distiller(own, student).to(memory_format=torch.channels_last)
+        with unittest.mock.patch.object(models, "fold_frozen_bn", fold):
+            distiller = models.Distiller(own, student).to(memory_format=layout)
         optimizer = torch.optim.Adam(
             [p for p in distiller.student_stem.parameters() if p.requires_grad], lr=1e-3
         )
         experiment = replace(train.FASTERRCNN, images_per_step=len(images))
-        return lambda: train.train_epoch(
-            experiment,
-            distiller,
-            own.transform,
-            Loader([images]),
-            optimizer,
-            0,
-            bf16,
-            100,
-            lambda **_: None,
-        )
+
+        def step():
+            with unittest.mock.patch.object(torch, "channels_last", layout):
+                train.train_epoch(
+                    experiment,
+                    distiller,
+                    own.transform,
+                    Loader([images]),
+                    optimizer,
+                    0,
+                    bf16,
+                    100,
+                    lambda **_: None,
+                )
+
+        return step
 
     def floor():
         own, student = pair()
@@ -137,8 +145,10 @@ def make_steps(min_size, max_size, device, images):
 
     return {
         "original": original,
-        "ours": lambda: ours(False),
-        "ours bf16": lambda: ours(True),
+        "ours": ours,
+        "ours bf16": lambda: ours(bf16=True),
+        "ours not channels_last": lambda: ours(layout=torch.contiguous_format),
+        "ours not folded": lambda: ours(fold=copy.deepcopy),
         "floor": floor,
     }
 
