@@ -117,15 +117,25 @@ def parse_annotations(annotation_file: Path) -> CocoIndex:
 def load_split(data_dir: Path, split: str, limit: int | None = None) -> tuple[CocoIndex, Path]:
     """Return the images of "train" (usable ones) or "val" (all), and the folder they lie in.
 
-    limit: take only the first so many. Raises FileNotFoundError or ValueError, naming the path.
+    limit: take only the first so many. Raises FileNotFoundError or ValueError, naming the path,
+    also where an image is not in the folder: better now than after an epoch.
     """
     folder = data_dir / f"{split}2017"
-    index = load_index(data_dir / "annotations" / f"instances_{split}2017.json")
+    annotation_file = data_dir / "annotations" / f"instances_{split}2017.json"
+    index = load_index(annotation_file)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}/ is missing; --data-dir must hold COCO's images")
     index = (index[index.usable] if split == "train" else index)[:limit]
     if len(index) == 0:
         raise ValueError(f"{data_dir} has no images to use in its {split}2017 annotations")
+    if distributed.is_main():
+        present = set(os.listdir(folder))
+        missing = [name for name in index.names.tolist()
+                   if name not in present and not (folder / name).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"image {folder / missing[0]} is missing, as are {len(missing) - 1} others that "
+                f"{annotation_file.name} names")
     return index, folder
 
 

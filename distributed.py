@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def is_main() -> bool:
@@ -36,34 +37,46 @@ def session() -> Iterator[None]:
     """Join the process group's store, run a command inside, and leave; an error ends every process.
 
     The first process to fail prints the reason: one line for argparse.ArgumentError (exit status 2)
-    and USER_ERRORS (1), a traceback for anything else (1). The others leave silently, since what
-    they see is only that a peer is gone. torchrun then stops whoever is still waiting.
+    and USER_ERRORS (1), a traceback for anything else (1). The others leave silently after it: all
+    that they see is that a peer is gone. torchrun then stops whoever is still waiting.
     """
     logger.setLevel(logging.INFO if is_main() else logging.CRITICAL)
     logger.addHandler(logging.StreamHandler(sys.stdout))
     global _store
     _store = next(dist.rendezvous("env://"))[0] if world_size() > 1 else None
+    status = 0
     try:
         yield
-        if dist.is_initialized():
-            barrier()
-            dist.destroy_process_group()
+        barrier()
     except (Exception, KeyboardInterrupt) as error:
-        status = _report(error) if _first_to_fail() else 1
+        status = _report_once(error)
         if _store is None:
             sys.exit(status)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # a normal exit would wait for peers that are themselves waiting
     finally:
         logger.handlers.clear()
+    if _store is not None:
+        # after a failure a normal exit would wait for peers that are themselves waiting; after
+        # success it has been seen to abort in a gloo thread (torch 2.11)
+        if status == 0 and dist.is_initialized():
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
-def _first_to_fail() -> bool:
+def _report_once(error: BaseException) -> int:
+    """Report an error unless another process has; returns the exit status."""
+    if _store is None:
+        return _report(error)
     try:
-        return _store is None or _store.add("failed", 1) == 1
-    except RuntimeError:  # the store went down with the process that hosted it, which was the first
-        return False
+        if _store.add("failed", 1) == 1:
+            status = _report(error)
+            _store.set("told", "yes")
+            return status
+        _store.wait(["told"], timedelta(seconds=10))  # or torchrun would stop the one who tells
+    except RuntimeError:  # the store went down with its host, or nobody told in time
+        pass
+    return 1
 
 
 def _report(error: BaseException) -> int:

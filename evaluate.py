@@ -111,7 +111,7 @@ def detect(
 
     Returns one list of results per image, in the index's order; None on the other processes.
     """
-    detector.eval().to(device, memory_format=torch.channels_last)
+    models.place(detector, device).eval()
     loader = data.val_loader(val.images, workers, pin=device.type == "cuda")
     image_ids = val.index.ids[distributed.rank()::distributed.world_size()].tolist()
     results, begin = [], time.monotonic()
@@ -194,7 +194,7 @@ def add_common_flags(parser: distributed.Parser) -> None:
     """Add the flags that train.py and evaluate.py share."""
     parser.add_argument("--data-dir", type=Path, default=Path("~/datasets/coco2017"), metavar="DIR",
                         help="train2017/, val2017/ and annotations/ as COCO has them (%(default)s)")
-    parser.add_argument("--teacher-ckpt", metavar="FILE",
+    parser.add_argument("--teacher-ckpt", type=Path, metavar="FILE",
                         help="the teacher, a torchvision state dict (default: download COCO_V1)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
     parser.add_argument("--workers", type=natural, default=min(4, os.cpu_count() or 1), metavar="N",
@@ -233,12 +233,12 @@ def main() -> None:
     sizes = {"min_size": args.min_size, "max_size": args.max_size}
     student, arch = models.load_student(args.ckpt, **sizes)
     detectors = {"student": student}
-    if args.teacher:
+    if args.teacher or args.teacher_ckpt:
         with distributed.main_first():
             teacher = models.load_teacher(arch, args.teacher_ckpt, **sizes)
         detectors = {"teacher": teacher, **detectors}
     if args.save_detections:
-        args.save_detections.touch()  # better to fail now than after an hour
+        args.save_detections.open("a").close()  # better to fail now than after an hour
     val = ValSet(args.data_dir.expanduser(), args.limit_val)
     log(f"{args.ckpt}: {arch}; {len(val.index)} images, {distributed.world_size()} x {device.type}")
     figures = {}

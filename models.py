@@ -76,6 +76,18 @@ def load_teacher(
     return teacher
 
 
+def place(detector: nn.Module, device: torch.device) -> nn.Module:
+    """Move a detector to its device, in channels_last, with the constants of its transform.
+
+    torchvision keeps these two as lists, and copies them to the device for each image, which makes
+    the host wait for a GPU each time.
+    """
+    transform = detector.transform
+    transform.image_mean = torch.as_tensor(transform.image_mean, device=device)
+    transform.image_std = torch.as_tensor(transform.image_std, device=device)
+    return detector.to(device, memory_format=torch.channels_last)
+
+
 class Bottleneck(nn.Module):
     """The student's layer1: an encoder to a few channels, which cross the network, and a decoder.
 
@@ -142,7 +154,7 @@ def fold_frozen_bn(module: nn.Module) -> nn.Module:
 
 
 class Distiller(nn.Module):
-    """Compute the teacher's and the student's features of one batch, the frozen layers held once.
+    """Compute teacher's and student's features of a batch, with one set of frozen layers for both.
 
     The trainable part is `student_stem`, whose modules are the student's own (conv1, bn1, layer1):
     it is what DDP wraps and Adam updates. layer2-4 are the teacher's for both, with their
@@ -207,6 +219,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # torch.load raises a dozen kinds for as many kinds of damage
         unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
         reason = ("it holds code or objects other than tensors, which are never run here" if unsafe
@@ -223,7 +237,8 @@ def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tenso
     A DistributedDataParallel prefix is dropped. Raises ValueError where there is no detector.
     """
     state = content.get("model", content)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise ValueError(f"{path} holds no state dict, neither under 'model' nor by itself")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("seq.") for key in state):

@@ -36,7 +36,7 @@ from distributed import log
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the results table; a run's outcome depends on no other number."""
+    """One row of the results table, with every number of its recipe."""
 
     arch: str                       # "fasterrcnn" or "maskrcnn", for teacher and student
     bottleneck_channels: int        # channels that cross the split point
@@ -138,9 +138,9 @@ def train_epoch(
             with contextlib.nullcontext() if alone else stem.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     student_maps, teacher_maps = distiller(batch)
-                errors = losses.squared_errors(student_maps, teacher_maps)  # (layers,)
-                (errors.sum() * scale * world_size).backward()
-            window.append(torch.stack([errors.detach(), losses.energies(teacher_maps)]))
+                loss, errors = losses.ghnd_loss(student_maps, teacher_maps)  # errors: (layers,)
+                (loss * scale * world_size).backward()
+            window.append(torch.stack([errors, losses.energies(teacher_maps)]))
         optimizer.step()
         if step % log_every == 0 or step == steps:  # the only place that waits for the device
             errors, energies = distributed.total(torch.stack(window).cpu().double().sum(0))
@@ -178,6 +178,7 @@ class Progress:
     train_images: int         # how many images an epoch is drawn from
     epoch: int = -1           # the last one trained whole, counted from 0
     validated: bool = True    # and whether it has been validated
+    mean_loss: float = math.nan    # of that epoch
     best_value: float = -math.inf  # the best box mAP so far
 
 
@@ -193,6 +194,7 @@ class Files:
     def claim(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Check that the files can be written; return last.pt's content if there is one to resume.
 
+        On the main process only: the others may not even see the folder.
         Raises FileExistsError rather than let a run overwrite a checkpoint that it did not write.
         """
         try:
@@ -203,7 +205,7 @@ class Files:
             folder = self.folder.parent
             raise OSError(f"--output-dir {folder} cannot be written: {error}") from error
         last = models.load_checkpoint(self.last) if resume and self.last.exists() else None
-        for path in (self.last, self.best):
+        for path in (self.last, self.best) if last is None else (self.best,):
             if path.exists() and not overwrite and (
                     last is None or recipe(models.load_checkpoint(path)) != recipe(last)):
                 raise FileExistsError(
@@ -223,12 +225,21 @@ class Files:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def trim_metrics(self, epoch: int) -> None:
-        """Drop from metrics.jsonl what came after an epoch, because it is about to be repeated."""
-        if distributed.is_main():
-            lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-            kept = [line + "\n" for line in lines if json.loads(line)["epoch"] <= epoch]
-            self.metrics.write_text("".join(kept))
+    def start_afresh(self) -> None:
+        """Remove what --overwrite gives up, lest a later --resume continue the old run."""
+        for path in (self.last, self.best, self.metrics):
+            path.unlink(missing_ok=True)
+
+    def trim_metrics(self, progress: Progress) -> None:
+        """Drop from metrics.jsonl what is about to be repeated, and a line torn by a crash."""
+        kept = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                whole = record["kind"] == "step" or progress.validated
+                if record["epoch"] < progress.epoch + whole:
+                    kept.append(line + "\n")
+        self.metrics.write_text("".join(kept))
 
 
 def recipe(content: dict[str, Any]) -> dict[str, Any] | None:
@@ -238,9 +249,9 @@ def recipe(content: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_resumable(
-    last: dict[str, Any], path: Path, experiment: Experiment, train_images: int
+    last: dict[str, Any], path: Path, experiment: Experiment, train_images: int, student: nn.Module
 ) -> None:
-    """Raise ValueError unless last.pt was written by this experiment on as many images."""
+    """Raise ValueError unless last.pt is of this experiment, teacher and number of images."""
     now = recipe({"config": asdict(experiment)}) | {"images": train_images}
     try:
         before = recipe(last) | {"images": last["progress"]["train_images"]}
@@ -250,6 +261,11 @@ def check_resumable(
     if changed:
         raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; "
                          "give it those settings, or another --output-dir")
+    trained = ("backbone.body.conv1.", "backbone.body.layer1.")
+    for key, value in student.state_dict().items():
+        if not key.startswith(trained) and not torch.equal(value.cpu(), last["model"][key]):
+            raise ValueError(f"{path} belongs to another teacher, whose {key} differs; resume with "
+                             "the same --teacher-ckpt")
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -257,7 +273,7 @@ def check_resumable(
 
 def validate(
     student: nn.Module, val: evaluate.ValSet, args: argparse.Namespace, experiment: Experiment,
-    progress: Progress, mean_loss: float | None, report: Callable[..., None],
+    progress: Progress, report: Callable[..., None],
 ) -> bool:
     """Validate an epoch, update the progress, tell how it went; return whether it is the best."""
     title = f"validation of epoch {progress.epoch}"
@@ -265,8 +281,7 @@ def validate(
     box_map = figures["bbox"][0]
     best = box_map > progress.best_value
     progress.best_value, progress.validated = max(box_map, progress.best_value), True
-    loss = f"mean loss {mean_loss:.4e}, " if mean_loss is not None else ""
-    log(f"epoch {progress.epoch}: {loss}"
+    log(f"epoch {progress.epoch}: mean loss {progress.mean_loss:.4e}, "
         + ", ".join(f"{kind} mAP {values[0]:.4f}" for kind, values in figures.items())
         + (", the best so far" if best else f", best so far {progress.best_value:.4f}"))
     full_recipe = replace(experiment, seed=0) == EXPERIMENTS[experiment.arch]
@@ -274,8 +289,9 @@ def validate(
         loss = experiment.published_loss[progress.epoch]
         published = experiment.published_box_map[progress.epoch]
         log(f"    published: mean loss {loss:.4e} (of the first 9,001 steps), bbox mAP "
-            + (f"{published:.4f}" if published else "no better than before"))
-    report(kind="epoch", epoch=progress.epoch, loss=mean_loss, figures=figures, best=best)
+            + (f"{published:.4f}" if published else "no better than before")
+            + f"; reported in the end {experiment.reported_box_map}")
+    report(kind="epoch", epoch=progress.epoch, loss=progress.mean_loss, figures=figures, best=best)
     return best
 
 
@@ -310,14 +326,18 @@ def parse_args() -> argparse.Namespace:
     args.data_dir = args.data_dir.expanduser()
     if args.demo:
         args.overwrite |= args.output_dir == DEMO_DIR  # which is made for being overwritten
-        args.teacher_ckpt = args.teacher_ckpt or DEMO_DIR / f"teacher_{args.arch}.pt"
     return args
 
 
 def prepare_demo(args: argparse.Namespace) -> None:
     """Draw the demo's images and make its teacher, if an earlier demo has not done it."""
-    if distributed.is_main() and not (args.data_dir / "annotations").exists():
+    drawn = (args.data_dir / "annotations" / "instances_val2017.json").exists()  # the last file
+    if distributed.is_main() and not drawn:
+        if args.data_dir != DEMO_DIR / "coco" and (args.data_dir / "train2017").exists():
+            raise ValueError(f"--demo would draw into {args.data_dir}, which holds images already")
         data.write_demo_dataset(args.data_dir)
+    if args.teacher_ckpt is None:
+        args.teacher_ckpt = args.output_dir / f"teacher_{args.arch}.pt"
     if distributed.is_main() and not args.teacher_ckpt.exists():
         folder = args.data_dir / "train2017"
         images = [data.read_image(path) / 255 for path in sorted(folder.iterdir())[:8]]
@@ -339,7 +359,7 @@ def tell_demo(args: argparse.Namespace, files: Files) -> None:
                     for name, a, b in zip(models.DISTILLED, first[1:], last[1:], strict=True)))
     fell = all(a > b for a, b in zip(first, last))
     log("demo: " + ("all fell: the student learns the teacher's features, from images alone"
-                    if fell else "not all fell: this is not what the demo should show")
+                    if fell else "not all fell, which takes a few epochs")
         + ". mAP means nothing here, since this teacher is random.\n"
         "demo: evaluate the checkpoint with\n"
         f"    python evaluate.py --ckpt {files.best} --teacher --teacher-ckpt {args.teacher_ckpt} "
@@ -354,7 +374,8 @@ def main() -> None:
         min_size=args.min_size, max_size=args.max_size, seed=args.seed)
     micro_batch, accumulation = micro_batches(experiment.images_per_step, distributed.world_size())
     files = Files(args.output_dir, args.arch)
-    last = files.claim(args.resume, args.overwrite)
+    last = files.claim(args.resume, args.overwrite) if distributed.is_main() else None
+    last = distributed.broadcast(last)
     distributed.log_to(files.folder / "train.log")
     if args.demo:
         prepare_demo(args)
@@ -373,11 +394,11 @@ def main() -> None:
 
     # teacher, student, optimizer
     with distributed.main_first():
-        teacher = models.load_teacher(
-            args.arch, args.teacher_ckpt, args.min_size, args.max_size).to(device)
+        teacher = models.load_teacher(args.arch, args.teacher_ckpt, args.min_size, args.max_size)
+    models.place(teacher, device)
     torch.manual_seed(experiment.seed)
-    student = models.build_student(teacher, experiment.bottleneck_channels).to(device)
-    distiller = models.Distiller(teacher, student).to(memory_format=torch.channels_last)
+    student = models.place(models.build_student(teacher, experiment.bottleneck_channels), device)
+    distiller = models.Distiller(teacher, student)
     stem = distiller.student_stem
     optimizer = torch.optim.Adam(
         [p for p in stem.parameters() if p.requires_grad], lr=experiment.lr)
@@ -386,13 +407,14 @@ def main() -> None:
     # what an earlier run with --resume has reached
     progress = Progress(train_images=len(index))
     if last is not None:
-        check_resumable(last, files.last, experiment, len(index))
+        check_resumable(last, files.last, experiment, len(index), student)
         models.load_weights(student, models.detector_state(last, files.last), files.last)
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["lr_scheduler"])
         progress = Progress(**last["progress"])
         log(f"resuming after epoch {progress.epoch}, best box mAP so far {progress.best_value:.4f}")
-    files.trim_metrics(progress.epoch)
+    if distributed.is_main():
+        files.trim_metrics(progress) if last else files.start_afresh()
     if distributed.world_size() > 1:
         distiller.student_stem = DistributedDataParallel(
             stem, device_ids=[device.index] if device.type == "cuda" else None,
@@ -410,24 +432,25 @@ def main() -> None:
                 "lr_scheduler": scheduler.state_dict(), "best_value": progress.best_value,
                 "config": asdict(experiment), "args": None, "progress": asdict(progress)}, path)
 
-    def finish_epoch(mean_loss: float | None) -> None:
-        if validate(student, val, args, experiment, progress, mean_loss, files.report):
+    def finish_epoch() -> None:
+        if validate(student, val, args, experiment, progress, files.report):
             save(files.best)
         save(files.last)
 
     if not progress.validated:
-        finish_epoch(None)
+        finish_epoch()
     for epoch in range(progress.epoch + 1, experiment.epochs):
-        mean_loss = train_epoch(experiment, distiller, teacher.transform, loader, optimizer, epoch,
-                                args.amp == "bf16", args.log_every, files.report)
+        progress.mean_loss = train_epoch(
+            experiment, distiller, teacher.transform, loader, optimizer, epoch, args.amp == "bf16",
+            args.log_every, files.report)
         scheduler.step()
         distributed.broadcast_buffers(stem)
         progress.epoch, progress.validated = epoch, False
         save(files.last)  # so that a crash while validating does not cost the epoch
-        finish_epoch(mean_loss)
+        finish_epoch()
 
-    distributed.barrier()  # the best checkpoint is written by now
-    best = models.load_checkpoint(files.best)
+    best = distributed.broadcast(
+        models.load_checkpoint(files.best) if distributed.is_main() else None)
     models.load_weights(student, models.detector_state(best, files.best), files.best)
     figures = {who: evaluate.evaluate(detector, val, device, args.workers, f"test of the {who}")
                for who, detector in (("teacher", teacher), ("student", student))}

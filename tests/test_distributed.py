@@ -87,6 +87,8 @@ def test_device_is_chosen(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert distributed.start("auto").type == "mps"
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    assert distributed.world_size() == 1  # left over from something that was not torchrun
+    monkeypatch.setitem(os.environ, "RANK", "0")
     with pytest.raises(ValueError, match="--device mps needs"):
         distributed.start("mps")
 

@@ -182,12 +182,12 @@ def test_a_broken_image_on_one_of_three_processes_ends_all_and_is_told_once(
     index, folder = data.load_split(own_dataset, "train", 12)
     position = next(iter(data.GroupedBatches(index, 4, rank=1, world_size=3)))[0][0]
     victim = folder / index.names[position]
-    victim.unlink()
+    victim.write_bytes(victim.read_bytes()[:200])
     begin = time.monotonic()
     process = run("train.py", *flags, "--data-dir", own_dataset, "--workers", "1", nproc=3)
     assert process.returncode != 0 and time.monotonic() - begin < 60
     assert process.stderr.count("train.py: error: ") == 1
-    assert process.stderr.count(f"{victim} is missing") == 1
+    assert process.stderr.count(f"{victim} cannot be decoded") == 1
     assert digests(tmp_path / "out") == {}
 
 
@@ -292,6 +292,15 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     best.unlink()
     assert_told(call(train, *flags, "--resume", "--seed", "3"), 1, "last.pt", "seed 0, not 3")
     assert_told(call(train, *flags, "--resume", "--limit-train", "13"), 1, "images 12, not 13")
+    state = torch.load(flags[flags.index("--teacher-ckpt") + 1])
+    state["rpn.head.cls_logits.bias"] += 1
+    torch.save(state, tmp_path / "other.pt")
+    assert_told(
+        call(train, *flags, "--resume", "--teacher-ckpt", tmp_path / "other.pt"),
+        1,
+        "last.pt belongs to another teacher",
+        "rpn.head.cls_logits.bias",
+    )
     assert digests(out).items() <= before.items()
     (out / "fasterrcnn" / "last.pt").write_bytes(b"junk")
     assert_told(call(train, *flags, "--resume"), 1, "last.pt was refused")
@@ -319,3 +328,39 @@ def test_a_bug_is_told_with_its_traceback(call, flags, monkeypatch, tmp_path):
     status, message = call(train, *flags)
     assert status == 1 and "Traceback" in message and "a slip of ours" in message
     assert "Traceback" in (tmp_path / "out" / "fasterrcnn" / "train.log").read_text()
+
+
+def test_overwriting_leaves_nothing_of_the_old_run_to_resume(call, flags, teachers, tmp_path):
+    assert call(train, *flags)[0] == 0
+    state = torch.load(teachers["fasterrcnn"])
+    state["backbone.body.layer3.0.conv1.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    broken = call(train, *flags, "--overwrite", "--teacher-ckpt", tmp_path / "nan.pt")
+    assert_told(broken, 1, "the loss is nan")
+    assert digests(tmp_path / "out") == {}
+
+
+def test_the_demo_draws_over_nobodys_images(call, own_dataset, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (own_dataset / "annotations" / "instances_val2017.json").unlink()
+    before = {path: path.read_bytes() for path in own_dataset.rglob("*.jpg")}
+    assert_told(
+        call(train, "--demo", "--data-dir", own_dataset), 1, own_dataset, "holds images already"
+    )
+    assert before == {path: path.read_bytes() for path in own_dataset.rglob("*.jpg")}
+
+
+def test_detections_that_cannot_be_saved_are_told_before_the_evaluation(
+    call, dataset, checkpoints, tmp_path
+):
+    flags = [
+        "--ckpt",
+        checkpoints["fasterrcnn"],
+        "--data-dir",
+        dataset,
+        "--save-detections",
+        tmp_path,
+    ]
+    begin = time.monotonic()
+    assert_told(call(evaluate, *flags), 1, tmp_path)
+    assert time.monotonic() - begin < 30

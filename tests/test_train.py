@@ -304,7 +304,7 @@ def test_two_epochs_are_one_and_one_resumed(uninterrupted, dataset, teachers, tm
     metrics = tmp_path / "fasterrcnn" / "metrics.jsonl"
     stray = records(tmp_path / "fasterrcnn", "step")[-1] | {"epoch": 1}
     metrics.write_text(
-        metrics.read_text() + json.dumps(stray) + "\n"
+        metrics.read_text() + json.dumps(stray) + "\n" + '{"kind": "step", "epo'
     )  # as a crash in epoch 1 leaves it
     second = run("train.py", *flags, "--epochs", 2)
     assert second.returncode == 0, second.stderr
@@ -342,6 +342,7 @@ def test_an_epoch_that_was_not_validated_is_validated_on_resuming(
     validated = records(tmp_path / "fasterrcnn", "epoch")
     assert validated[0]["figures"] == records(uninterrupted / "fasterrcnn", "epoch")[1]["figures"]
     assert validated[0]["figures"]["bbox"][0] <= best_value
+    assert validated[0]["loss"] == records(uninterrupted / "fasterrcnn", "epoch")[1]["loss"]
 
 
 def test_the_same_command_gives_the_same_losses_and_bytes(
@@ -409,9 +410,9 @@ def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(caplo
         (replace(train.FASTERRCNN, min_size=600), False),
     ):
         caplog.clear()
-        progress = train.Progress(train_images=117_266, epoch=1)
+        progress = train.Progress(train_images=117_266, epoch=1, mean_loss=2e6)
         with caplog.at_level("INFO", "ghnd"):
-            assert train.validate(None, None, args, experiment, progress, 2e6, lambda **_: None)
+            assert train.validate(None, None, args, experiment, progress, lambda **_: None)
         assert ("1.1740e+06" in caplog.text and "0.3545" in caplog.text) == expected
         assert "mean loss 2.0000e+06, bbox mAP 0.3500, the best so far" in caplog.text
         assert progress.best_value == 0.35 and progress.validated
