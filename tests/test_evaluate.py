@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import io
 import json
@@ -146,6 +147,7 @@ class Fake(torch.nn.Module):
         self.boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         self.roi_heads = torch.nn.Module()
         self.roi_heads.has_mask = lambda: False
+        self.transform = argparse.Namespace(image_mean=[0.0], image_std=[1.0])
 
     def forward(self, images):
         assert (

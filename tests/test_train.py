@@ -144,13 +144,16 @@ def test_a_step_has_the_same_loss_and_gradient_on_1_2_3_and_4_processes(
         steps[nproc] = torch.load(file)
         assert steps[nproc]["steps"] == 1
     alone = steps[None]
-    for other in (steps[2], steps[3], steps[4]):
-        assert other["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    for nproc, other in steps.items():
+        off = abs(other["loss"] / alone["loss"] - 1)
+        # a bias before a BatchNorm in eval mode has a true gradient, so all can be compared
+        grads_off = max(
+            ((other["grads"][name] - grad).norm() / grad.norm()).item()
+            for name, grad in alone["grads"].items()
+        )
+        print(f"\n{nproc or 1} processes: loss off by {off:.1e}, gradients by {grads_off:.1e}")
+        assert off < 1e-5 and grads_off < 1e-4
         assert other["errors"] == pytest.approx(alone["errors"], rel=1e-5)
-        for name, grad in alone["grads"].items():
-            distance = (other["grads"][name] - grad).norm() / grad.norm()
-            # a bias before a BatchNorm in eval mode has a true gradient, so all can be compared
-            assert distance < 1e-4, (name, distance)
 
     # and the loss is (sum over the 12 images) / 3, with a gradient to match
     index, folder = train.data.load_split(same_size_dataset, "train")
