@@ -245,6 +245,8 @@ def write_coco(folder, images, annotations, files):
         torchvision.io.write_jpeg(
             picture, str(folder / "train2017" / f"{i + 1:012d}.jpg"), quality=90
         )
+    for i in range(files, images):
+        (folder / "train2017" / f"{i + 1:012d}.jpg").symlink_to(f"{i % files + 1:012d}.jpg")
     owners = np.sort(rng.integers(1, images + 1, annotations)).tolist()
     with (folder / "annotations" / "instances_train2017.json").open("w") as file:
         file.write(
@@ -302,7 +304,7 @@ def call_original(args, *command):
 def bench_load(args, device):
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    write_coco(folder, 64, 470, 64)
+    write_coco(folder, 256, 1880, 256)
     index, images_folder = data.load_split(folder, "train")
     images = data.CocoImages(index, images_folder)
 
