@@ -143,12 +143,11 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any] | None:
-    """Return every process's Python object, in rank order, on the main process; None elsewhere."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * world_size() if is_main() else None
-    dist.gather_object(value, values)
+def gather(value: Any) -> list[Any]:
+    """Return every process's Python object, in rank order, on every process."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 

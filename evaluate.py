@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ Figures = dict[str, list[float]]  # "bbox" and, for Mask R-CNN, "segm": the 12 F
 
 
 class ValSet:
-    """The first `limit` images of val2017 and, on the main process, their annotations.
+    """The first `limit` images of val2017 and all annotations.
 
     Raises FileNotFoundError or ValueError, naming what is missing or broken.
     """
@@ -47,17 +48,16 @@ class ValSet:
         self.index, folder = data.load_split(data_dir, "val", limit)
         self.images = data.CocoImages(self.index, folder)
         self.coco = COCO()
-        if distributed.is_main():
-            annotation_file = data_dir / "annotations" / "instances_val2017.json"
-            self.coco.dataset = data.read_json(annotation_file)
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    self.coco.createIndex()
-                    for annotation in self.coco.dataset["annotations"]:
-                        annotation["area"], annotation["iscrowd"], annotation["segmentation"]
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{annotation_file} is not a COCO instances file: an entry lacks "
-                                 f"a proper field ({type(error).__name__}: {error})") from error
+        annotation_file = data_dir / "annotations" / "instances_val2017.json"
+        self.coco.dataset = data.read_json(annotation_file)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.coco.createIndex()
+                for annotation in self.coco.dataset["annotations"]:
+                    annotation["area"], annotation["iscrowd"], annotation["segmentation"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{annotation_file} is not a COCO instances file: an entry lacks a "
+                             f"proper field ({type(error).__name__}: {error})") from error
 
 
 def encode_masks(masks: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:
@@ -106,28 +106,31 @@ def to_coco(image_id: int, output: dict[str, Tensor]) -> list[dict[str, Any]]:
 @torch.inference_mode()
 def detect(
     detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str
-) -> list[list[dict[str, Any]]] | None:
-    """Run the detector over all images, each on one process; collect COCO results on the main one.
+) -> list[dict[str, Any]]:
+    """Run the detector over all images, each on one process; a thread encodes while it runs.
 
-    Returns one list of results per image, in the index's order; None on the other processes.
+    Returns all COCO results, on every process, in the order of the index.
     """
     models.place(detector, device).eval()
     loader = data.val_loader(val.images, workers, pin=device.type == "cuda")
     image_ids = val.index.ids[distributed.rank()::distributed.world_size()].tolist()
-    results, begin = [], time.monotonic()
-    reported = begin
-    for image_id, image in zip(image_ids, loader, strict=True):
-        output = detector([image.to(device, non_blocking=True) / 255])[0]
-        results.append(to_coco(image_id, output))
-        if (now := time.monotonic()) - reported > PROGRESS_EVERY:
-            reported, speed = now, len(results) / (now - begin)
-            log(f"{title}: image {len(results)}/{len(image_ids)} of this process, "
-                f"{speed:.2f} img/s, {(len(image_ids) - len(results)) / speed:.0f} s left")
-    shares = distributed.gather(results)
-    if shares is None:
-        return None
-    by_position = itertools.chain.from_iterable(itertools.zip_longest(*shares))
-    return [results for results in by_position if results is not None]
+    results: list[list[dict[str, Any]]] = []
+    begin = reported = time.monotonic()
+    with ThreadPoolExecutor(1) as encoder:
+        encoding = None
+        for image_id, image in zip(image_ids, loader, strict=True):
+            output = detector([image.to(device, non_blocking=True) / 255])[0]
+            if encoding is not None:  # of the image before: one at a time bounds the memory
+                results.append(encoding.result())
+            encoding = encoder.submit(to_coco, image_id, output)
+            if (now := time.monotonic()) - reported > PROGRESS_EVERY:
+                reported, speed = now, (len(results) + 1) / (now - begin)
+                log(f"{title}: image {len(results) + 1}/{len(image_ids)} of this process, "
+                    f"{speed:.2f} img/s, {(len(image_ids) - len(results) - 1) / speed:.0f} s left")
+        if encoding is not None:
+            results.append(encoding.result())
+    by_position = itertools.zip_longest(*distributed.gather(results), fillvalue=[])
+    return list(itertools.chain.from_iterable(itertools.chain.from_iterable(by_position)))
 
 
 def of_kind(results: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -145,15 +148,25 @@ def coco_figures(
 ) -> list[float]:
     """Return COCOeval's 12 figures for "bbox" or "segm" over these images, as pycocotools has them.
 
-    A figure is -1 where there is nothing to find.
+    To be called on all processes with the same arguments: each matches its share of the categories,
+    which COCOeval treats one by one. A figure is -1 where there is nothing to find.
     """
-    results = of_kind(results, kind)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    categories = sorted(coco.getCatIds())
+    mine = set(categories[rank::world_size])
+    results = of_kind((r for r in results if r["category_id"] in mine), kind)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and its table
         found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
         evaluation = COCOeval(coco, found, kind)
         evaluation.params.imgIds = list(image_ids)
+        evaluation.params.catIds = categories[rank::world_size]
         evaluation.evaluate()
         evaluation.accumulate()
+        for figure, axis in (("precision", 2), ("recall", 1)):
+            shares = [np.moveaxis(s, axis, 0) for s in distributed.gather(evaluation.eval[figure])]
+            dealt = itertools.chain.from_iterable(itertools.zip_longest(*shares))
+            everyone = [category for category in dealt if category is not None]
+            evaluation.eval[figure] = np.stack(everyone, axis)
         evaluation.summarize()
     return np.asarray(evaluation.stats).tolist()
 
@@ -162,22 +175,18 @@ def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: in
              title: str = "evaluation", save_to: Path | None = None) -> Figures:
     """Compute COCO's figures of a detector over a ValSet, on any number of processes alike.
 
-    Every image is seen by exactly one process, and pycocotools gets all results on the main one.
+    Every image is seen by exactly one process, every category matched by one.
     save_to: also write the results, in COCO's format: boxes to this file and, for Mask R-CNN,
     masks to the same name ending in .segm.json. Returns the Figures on every process.
     """
-    per_image = detect(detector, val, device, workers, title)
-    figures: Figures = {}
-    if per_image is not None:
-        results = list(itertools.chain.from_iterable(per_image))
-        kinds = ["bbox", "segm"] if detector.roi_heads.has_mask() else ["bbox"]
+    results = detect(detector, val, device, workers, title)
+    kinds = ["bbox", "segm"] if detector.roi_heads.has_mask() else ["bbox"]
+    if save_to is not None and distributed.is_main():
         for kind in kinds:
-            figures[kind] = coco_figures(val.coco, results, val.index.ids.tolist(), kind)
-            if save_to is not None:
-                path = save_to if kind == "bbox" else save_to.with_suffix(".segm.json")
-                path.write_text(json.dumps(of_kind(results, kind)))
-                log(f"{len(results)} {kind} results written to {path}")
-    return distributed.broadcast(figures)
+            path = save_to if kind == "bbox" else save_to.with_suffix(".segm.json")
+            path.write_text(json.dumps(of_kind(results, kind)))
+            log(f"{len(results)} {kind} results written to {path}")
+    return {kind: coco_figures(val.coco, results, val.index.ids.tolist(), kind) for kind in kinds}
 
 
 def table(figures: dict[str, Figures], arch: str) -> str:
