@@ -1,11 +1,14 @@
-"""COCO without its labels: which images, in which batches, their bytes. Also the demo data set."""
+"""COCO without its labels: which images, in which batches, their bytes. Also the demo data set.
+
+    python data.py ~/datasets/coco2017        # check that every image is there and can be read
+"""
 
 import contextlib
 import hashlib
 import itertools
 import json
 import os
-import tempfile
+import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 import distributed
+from distributed import log
+
+TIMEOUT = 600  # seconds to wait for an image; a worker that is stuck would go unnoticed otherwise
 
 # ---- the index: all that training needs of 450 MB of annotations ---------------------------------
 
@@ -70,10 +76,8 @@ def _load_index(annotation_file: Path) -> CocoIndex:
     for cache in caches:
         with contextlib.suppress(OSError):
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".tmp", delete=False) as file:
+            with distributed.replacing(cache) as file:
                 np.savez(file, fingerprint=fingerprint, **asdict(index))
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, cache)
             break
     return index
 
@@ -210,14 +214,15 @@ class GroupedBatches(Sampler):
     """This process's batches of (position, flip), a function of (seed, epoch, rank) alone.
 
     The order is DistributedSampler's; whether an image is flipped follows from seed, epoch and the
-    image, not from the process or worker that loads it. Set `epoch` before each pass.
+    image, not from the process or worker that loads it. Set `epoch` before each pass, and `start`,
+    the batches to leave out, to take up an epoch again in its midst.
     """
 
     def __init__(self, index: CocoIndex, batch_size: int, rank: int, world_size: int,
                  seed: int = 0) -> None:
         self.groups = aspect_ratio_groups(index.widths, index.heights).tolist()
         self.shuffle = DistributedSampler(range(len(index)), world_size, rank, seed=seed)
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.batch_size, self.seed, self.epoch, self.start = batch_size, seed, 0, 0
 
     def __len__(self) -> int:
         return len(self.shuffle) // self.batch_size
@@ -225,7 +230,8 @@ class GroupedBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         self.shuffle.set_epoch(self.epoch)
         flips = np.random.default_rng((self.seed, self.epoch)).random(len(self.groups)) < 0.5
-        for batch in group_batches(self.shuffle, self.groups, self.batch_size):
+        batches = group_batches(self.shuffle, self.groups, self.batch_size)
+        for batch in batches[self.start:]:
             yield [(image, bool(flips[image])) for image in batch]
 
 
@@ -234,14 +240,17 @@ def train_loader(
 ) -> DataLoader:
     """Load batches as lists of uint8 images, in workers that live as long as the loader."""
     return DataLoader(images, batch_sampler=batches, collate_fn=list, num_workers=workers,
-                      pin_memory=pin, persistent_workers=workers > 0)
+                      pin_memory=pin, persistent_workers=workers > 0,
+                      worker_init_fn=distributed.ignore_signals, timeout=TIMEOUT if workers else 0)
 
 
 def val_loader(images: CocoImages, workers: int, pin: bool) -> DataLoader:
     """Load this process's share of the images, positions rank, rank + world, ..., one by one."""
     mine = range(distributed.rank(), len(images), distributed.world_size())
+    workers = min(workers, len(mine))
     return DataLoader(images, sampler=[(position, False) for position in mine], batch_size=None,
-                      num_workers=min(workers, len(mine)), pin_memory=pin)
+                      num_workers=workers, pin_memory=pin,
+                      worker_init_fn=distributed.ignore_signals, timeout=TIMEOUT if workers else 0)
 
 
 # ---- the demo data set ---------------------------------------------------------------------------
@@ -293,3 +302,68 @@ def _draw(rng: np.random.Generator, h: int, w: int, shapes: int) -> tuple[np.nda
         inside = np.maximum(dx, dy) <= 1 if category == 1 else dx**2 + dy**2 <= 1
         picture = np.where(inside, rng.uniform(0, 255, (3, 1, 1)), picture)
     return picture, drawn
+
+
+# ---- checking a data set -------------------------------------------------------------------------
+
+
+class Problems(Dataset):
+    """For each image what is wrong with its file, or an empty string."""
+
+    def __init__(self, index: CocoIndex, folder: Path) -> None:
+        self.index, self.folder = index, folder
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> str:
+        path = self.folder / self.index.names[position]
+        try:
+            height, width = read_image(path).shape[1:]
+        except (OSError, ValueError) as error:
+            return str(error)
+        wanted = int(self.index.widths[position]), int(self.index.heights[position])
+        return "" if (width, height) == wanted else (
+            f"image {path} is {width} x {height} pixels, its annotations say {wanted[0]} x "
+            f"{wanted[1]}")
+
+
+def check_split(data_dir: Path, split: str, workers: int) -> int:
+    """Read every image that "train" or "val" names, log what is wrong, return how many are."""
+    try:
+        index = load_index(data_dir / "annotations" / f"instances_{split}2017.json")
+    except (OSError, ValueError) as error:
+        log(str(error))
+        return 1
+    problems = Problems(index, data_dir / f"{split}2017")
+    loader = DataLoader(problems, batch_size=32, collate_fn=list, num_workers=workers,
+                        worker_init_fn=distributed.ignore_signals)
+    seen, wrong, reported = 0, 0, time.monotonic()
+    for messages in loader:
+        for message in filter(None, messages):
+            log(message)
+        seen, wrong = seen + len(messages), wrong + sum(map(bool, messages))
+        if time.monotonic() - reported > 5:
+            reported = time.monotonic()
+            log(f"{split}2017: {seen} of {len(index)} images read, {wrong} with problems")
+    log(f"{split}2017: {len(index)} images, {int(index.usable.sum())} of them to train with, "
+        f"{wrong or 'none'} with problems")
+    return wrong
+
+
+def main() -> None:
+    parser = distributed.Parser(description="Check a folder in COCO's layout.")
+    parser.add_argument("data_dir", type=Path, metavar="DIR",
+                        help="with train2017/, val2017/ and annotations/")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
+                        help="processes that read images, 0 for none (%(default)s)")
+    args = parser.parse_args()
+    wrong = sum(check_split(args.data_dir.expanduser(), split, args.workers)
+                for split in ("train", "val"))
+    if wrong:
+        raise ValueError(f"{wrong} problems, listed above")
+
+
+if __name__ == "__main__":
+    with distributed.session():
+        main()

@@ -1,15 +1,18 @@
-"""Start-up under torchrun or alone, the few collectives in use, logging, and errors told once."""
+"""Start-up, collectives, signals, logging, errors told once, and files that are never torn."""
 
 import argparse
 import contextlib
 import logging
+import multiprocessing
 import os
+import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 logger = logging.getLogger("ghnd")
 log = logger.info
 USER_ERRORS = (OSError, ValueError, FloatingPointError)  # told without a traceback
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what clusters send
 
 
 def rank() -> int:
@@ -37,61 +41,124 @@ def session() -> Iterator[None]:
     """Join the process group's store, run a command inside, and leave; an error ends every process.
 
     The first process to fail prints the reason: one line for argparse.ArgumentError (exit status 2)
-    and USER_ERRORS (1), a traceback for anything else (1). The others leave silently after it: all
-    that they see is that a peer is gone. torchrun then stops whoever is still waiting.
+    and USER_ERRORS (1), what an Interrupted says (128 + the signal's number), a traceback for
+    anything else (1). The others leave silently after it: all that they see is that a peer is gone.
+    torchrun then stops whoever is still waiting.
     """
     logger.setLevel(logging.INFO if is_main() else logging.CRITICAL)
     logger.addHandler(logging.StreamHandler(sys.stdout))
-    global _store
-    _store = next(dist.rendezvous("env://"))[0] if world_size() > 1 else None
+    logging.raiseExceptions = False  # lest a full disk's log bury its one message
+    for number in SIGNALS:
+        signal.signal(number, _on_signal)
+    global _store, _signal, _deferred
+    _store, _signal, _deferred = None, 0, False
     status = 0
     try:
+        if world_size() > 1:
+            store, *_ = next(dist.rendezvous("env://"))
+            # torchrun's store outlives a restart, with the dead processes' addresses in it
+            _store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         yield
         barrier()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, Interrupted) as error:
         status = _report_once(error)
-        if _store is None:
-            sys.exit(status)
     finally:
         logger.handlers.clear()
-    if _store is not None:
-        # after a failure a normal exit would wait for peers that are themselves waiting; after
-        # success it has been seen to abort in a gloo thread (torch 2.11)
-        if status == 0 and dist.is_initialized():
-            dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if status == 0 and _store is None:
+        return
+    # After a failure a normal exit would wait for peers that are themselves waiting; after success
+    # it has been seen to abort in a gloo thread (torch 2.11).
+    if status == 0:
+        dist.destroy_process_group()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would miss its workers
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
 
 
 def _report_once(error: BaseException) -> int:
     """Report an error unless another process has; returns the exit status."""
-    if _store is None:
-        return _report(error)
-    try:
-        if _store.add("failed", 1) == 1:
-            status = _report(error)
-            _store.set("told", "yes")
-            return status
-        _store.wait(["told"], timedelta(seconds=10))  # or torchrun would stop the one who tells
-    except RuntimeError:  # the store went down with its host, or nobody told in time
-        pass
-    return 1
-
-
-def _report(error: BaseException) -> int:
-    logger.debug("%s", "".join(traceback.format_exception(error)))
-    if isinstance(error, KeyboardInterrupt):
-        message, status = "interrupted", 130
+    if isinstance(error, Interrupted):
+        message, status = str(error), 128 + error.number
+    elif isinstance(error, RuntimeError) and "by peer" in str(error):  # gloo saw a process die
+        message, status = "another process died; what follows tells which one", 1
     elif isinstance(error, (argparse.ArgumentError, *USER_ERRORS)):
-        message = str(error)
+        message, status = str(error), 2 if isinstance(error, argparse.ArgumentError) else 1
         if "Traceback" in message:  # from a loader's worker: the message follows its traceback
             message = message.strip().rsplit(f"\n{type(error).__name__}: ", 1)[-1]
-        status = 2 if isinstance(error, argparse.ArgumentError) else 1
     else:
         message, status = "".join(traceback.format_exception(error)), 1
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    with contextlib.suppress(RuntimeError):  # the store went down with its host, or none told
+        if _store is not None and _store.add("failed", 1) > 1:
+            _store.wait(["told"], timedelta(seconds=10))  # or torchrun would stop the one who tells
+            return status
+    logger.debug("%s", "".join(traceback.format_exception(error)))
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(RuntimeError):
+        if _store is not None:
+            _store.set("told", "yes")
     return status
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):  # which libraries do not catch, like KeyboardInterrupt
+    """One of SIGNALS has asked for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}{_advice}")
+        self.number = number
+
+
+_advice = ""
+_signal = 0         # the number of the first that came
+_deferred = False   # whether to wait for a good moment
+
+
+def advise(advice: str) -> None:
+    """Set what Interrupted tells after the name of its signal."""
+    global _advice
+    _advice = advice
+
+
+def _on_signal(number: int, frame: object) -> None:
+    global _signal
+    first, _signal = _signal == 0, _signal or number
+    if first and not _deferred:
+        raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Raise Interrupted not where a signal strikes but at the end of the block, or see `poll`."""
+    global _deferred
+    _deferred = True
+    yield
+    _deferred = False
+    if _signal:
+        raise Interrupted(_signal)
+
+
+def poll(wish: bool) -> tuple[bool, int]:
+    """Return, on all processes alike, whether one has the wish, and a signal that reached one or 0.
+
+    Cheap enough for every step (a CPU collective), and notices at once if a process has died.
+    """
+    votes = torch.tensor([int(wish), _signal])
+    if dist.is_initialized():
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes[0]), int(votes[1])
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave signals, which reach whole process groups, to a loader's main process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---- start-up and collectives --------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,3 +247,35 @@ def main_first() -> Iterator[None]:
     yield
     if first:
         barrier()
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file that is, at every moment, either the old one or the whole new one.
+
+    Raises OSError, naming the path, where it cannot be written; the old file is then as it was.
+    """
+    prefix = f".{path.name}."
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.name)
+                raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: a full disk, from torch's zip writer
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes killed in the midst of `replacing` have left."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink()

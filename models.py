@@ -1,11 +1,9 @@
 """Teacher, bottleneck-injected student, the module that training runs, and checkpoint files."""
 
 import argparse
-import contextlib
 import copy
 import itertools
-import os
-import tempfile
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,29 +184,12 @@ class Distiller(nn.Module):
 # ---- checkpoint files ----------------------------------------------------------------------------
 
 
-def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a file that is, at every moment, either the old one or the whole new one."""
-    prefix = f".{path.name}."
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as file:
-        try:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException as error:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.name)
-            if isinstance(error, RuntimeError):  # how torch's zip writer reports a full disk
-                raise OSError(f"cannot write {path}: {error}") from error
-            raise
-
-
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running anything that is in it.
 
     Besides tensors and plain containers it may hold what torchdistill's files of 2020 hold: an
     argparse.Namespace, a Counter and a numpy float64. Zip and pre-zip files, any device.
+    A file that would unpack to more than it is, which torch.save never writes, is not unpacked.
     Raises FileNotFoundError, or ValueError where the file is broken or refused.
     """
     scalar = np.float64(0).__reduce__()[0]  # numpy's own name for it has moved, old files have both
@@ -217,6 +198,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} is not there")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > Path(path).stat().st_size:
+                raise zipfile.BadZipFile("it would unpack to more than it is")
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -250,12 +236,18 @@ def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tenso
 
 
 def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load strictly, through the modules, which also know the key names of torchvision 0.7."""
+    """Load strictly, through the modules, which also know the key names of torchvision 0.7.
+
+    Raises ValueError where keys, shapes or values (not finite) do not suit the detector.
+    """
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(" ".join(str(error).splitlines()[1:]).split())[:300]
         raise ValueError(f"{path} does not fit {type(detector).__name__}: {reason}") from error
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path} is spoilt: {key} has values that are not finite")
 
 
 def architecture(state: dict[str, Tensor]) -> str:
@@ -274,7 +266,7 @@ def load_student(
     state = detector_state(load_checkpoint(path), path)
     arch = architecture(state)
     narrowest = state.get("backbone.body.layer1.encoder.7.weight")
-    if narrowest is None or narrowest.dim() != 4:
+    if narrowest is None or narrowest.shape[1:] != (64, 2, 2) or narrowest.shape[0] > 256:
         raise ValueError(f"{path} holds no student: it has no bottleneck in backbone.body.layer1")
     student = build_student(build_detector(arch, min_size, max_size), narrowest.shape[0])
     load_weights(student, state, path)

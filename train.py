@@ -6,14 +6,17 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import math
+import os
 import resource
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,7 @@ MASKRCNN = Experiment(
 )
 EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
 DEMO_DIR = Path("demo")
+TRAINED = ("backbone.body.conv1.", "backbone.body.layer1.")  # keys of all that training changes
 
 
 def micro_batches(images_per_step: int, world_size: int) -> tuple[int, int]:
@@ -103,14 +107,28 @@ def build_scheduler(optimizer: torch.optim.Optimizer, experiment: Experiment) ->
 # ---- one epoch -----------------------------------------------------------------------------------
 
 
+@dataclass
+class Position:
+    """A place in an epoch, between two steps. All of it is needed to go on as if never stopped."""
+
+    epoch: int              # counted from 0
+    step: int = 0           # so many steps are done, ...
+    batches: int = 0        # ... so many micro-batches on each process, ...
+    reported: int = 0       # ... and so many steps reported
+    loss_sum: float = 0.0   # over the steps reported
+    # since then, from this process's micro-batches: errors and energies, (2, layers), on device
+    window: list[Tensor] = field(default_factory=list)
+
+
 def train_epoch(
     experiment: Experiment, distiller: models.Distiller, transform: nn.Module, loader: DataLoader,
-    optimizer: torch.optim.Optimizer, epoch: int, bf16: bool, log_every: int,
-    report: Callable[..., None],
+    optimizer: torch.optim.Optimizer, position: Position, bf16: bool, log_every: int,
+    report: Callable[..., None], pause: Callable[[], None] = lambda: None,
 ) -> float:
-    """Train one epoch, report on it every log_every steps, and return its mean loss.
+    """Train an epoch from a position on, which moves along, and return the epoch's mean loss.
 
     transform: the detector's own GeneralizedRCNNTransform. loader: lists of uint8 (3, h, w) images.
+    report: called every log_every steps. pause: called after each step.
     Raises FloatingPointError, on all processes alike, when the loss is no longer finite.
     """
     device, stem = next(distiller.parameters()).device, distiller.student_stem
@@ -119,13 +137,13 @@ def train_epoch(
     steps = len(loader) // accumulation
     # the loss of a step is (sum over its 12 images) / 3, and DDP averages over the processes
     scale = experiment.images_per_loss / experiment.images_per_step
-    window: list[Tensor] = []  # (2, layers) each: a micro-batch's errors and energies, on device
-    epoch_loss, reported, waited = 0.0, 0, 0.0
+    position.window = [terms.to(device) for terms in position.window]
+    waited, first = 0.0, position.step
     begin = window_begin = time.perf_counter()
     stem.train()
-    loader.batch_sampler.epoch = epoch
+    loader.batch_sampler.epoch, loader.batch_sampler.start = position.epoch, position.batches
     batches = iter(loader)
-    for step in range(1, steps + 1):
+    for step in range(first + 1, steps + 1):
         optimizer.zero_grad(set_to_none=True)
         for micro_step in range(1, accumulation + 1):
             asked = time.perf_counter()
@@ -140,24 +158,54 @@ def train_epoch(
                     student_maps, teacher_maps = distiller(batch)
                 loss, errors = losses.ghnd_loss(student_maps, teacher_maps)  # errors: (layers,)
                 (loss * scale * world_size).backward()
-            window.append(torch.stack([errors, losses.energies(teacher_maps)]))
+            position.window.append(torch.stack([errors, losses.energies(teacher_maps)]))
+            position.batches += 1
         optimizer.step()
+        position.step = step
         if step % log_every == 0 or step == steps:  # the only place that waits for the device
-            errors, energies = distributed.total(torch.stack(window).cpu().double().sum(0))
-            loss = errors.sum().item() * scale / (step - reported)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at epoch {epoch}, step {step}; the "
-                                         "checkpoints on disk are those of earlier epochs")
+            check_finite(position, loader, optimizer)
+            errors, energies = distributed.total(torch.stack(position.window).cpu().double().sum(0))
+            loss = errors.sum().item() * scale / (step - position.reported)
             now = time.perf_counter()
-            took = now - window_begin
-            report(kind="step", epoch=epoch, step=step, steps=steps, loss=loss,
+            seconds = (now - window_begin) / (step - max(first, position.reported))
+            report(kind="step", epoch=position.epoch, step=step, steps=steps, loss=loss,
                    relative_errors=(errors / energies).tolist(), lr=optimizer.param_groups[0]["lr"],
-                   images_per_second=(step - reported) * experiment.images_per_step / took,
-                   data_wait=waited / took, peak_memory_mib=peak_memory_mib(device),
-                   eta_seconds=((experiment.epochs - epoch) * steps - step) * (now - begin) / step)
-            epoch_loss += loss * (step - reported)
-            window, waited, window_begin, reported = [], 0.0, now, step
-    return epoch_loss / steps
+                   images_per_second=experiment.images_per_step / seconds,
+                   data_wait=waited / (now - window_begin), peak_memory_mib=peak_memory_mib(device),
+                   eta_seconds=((experiment.epochs - position.epoch) * steps - step)
+                   * (now - begin) / (step - first))
+            position.loss_sum += loss * (step - position.reported)
+            position.reported, position.window, waited, window_begin = step, [], 0.0, now
+        pause()
+    return position.loss_sum / steps
+
+
+def check_finite(position: Position, loader: DataLoader, optimizer: torch.optim.Optimizer) -> None:
+    """Raise FloatingPointError, on all processes alike, unless losses and weights are finite.
+
+    It looks at the losses not yet reported, and names the images of the first batch to blame.
+    """
+    group, sound = optimizer.param_groups[0], []
+    if position.window:
+        sound = torch.stack(position.window)[:, 0].isfinite().all(1).tolist()
+    sound.append(all(weight.isfinite().all() for weight in group["params"]))
+    blamed = None
+    if not all(sound):
+        back = max(1, len(position.window) - sound.index(False))  # 1: the latest batch
+        number = position.batches - back
+        loader.batch_sampler.start = number
+        folder, names = loader.dataset.folder, loader.dataset.names
+        files = [str(folder / names[image]) for image, _ in next(iter(loader.batch_sampler))]
+        step = 1 + number * position.step // position.batches
+        terms = position.window[-back][0].tolist() if position.window else []
+        blamed = number, (
+            f"the {'weights are' if all(sound[:-1]) else 'loss is'} no longer finite at epoch "
+            f"{position.epoch}, step {step}, lr {group['lr']:.0e}; terms of the loss: "
+            + ", ".join(f"{name} {t:.3e}" for name, t in zip(models.DISTILLED, terms))
+            + f"; images: {' '.join(files)}; the checkpoints on disk are from before")
+    everyone = [blamed for blamed in distributed.gather(blamed) if blamed]
+    if everyone:
+        raise FloatingPointError(min(everyone)[1])
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -173,13 +221,31 @@ def peak_memory_mib(device: torch.device) -> float:
 
 @dataclass
 class Progress:
-    """How far a run has come; stored in its checkpoints."""
+    """How far a run has come, in whole epochs; stored in its checkpoints."""
 
     train_images: int         # how many images an epoch is drawn from
     epoch: int = -1           # the last one trained whole, counted from 0
     validated: bool = True    # and whether it has been validated
     mean_loss: float = math.nan    # of that epoch
     best_value: float = -math.inf  # the best box mAP so far
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint that is never torn: distributed.replacing and torch.save."""
+    with distributed.replacing(path) as file:
+        torch.save(content, file)
+
+
+def interned(content: Any) -> Any:
+    """Make equal strings of a loaded checkpoint one object, as they were when it was written.
+
+    A pickle tells them apart, and a resumed run shall write the same bytes.
+    """
+    if isinstance(content, dict):
+        return type(content)({interned(key): interned(value) for key, value in content.items()})
+    if isinstance(content, list):
+        return list(map(interned, content))
+    return sys.intern(content) if isinstance(content, str) else content
 
 
 class Files:
@@ -204,7 +270,11 @@ class Files:
         except OSError as error:
             folder = self.folder.parent
             raise OSError(f"--output-dir {folder} cannot be written: {error}") from error
-        last = models.load_checkpoint(self.last) if resume and self.last.exists() else None
+        for path in (self.last, self.best, self.metrics):
+            distributed.remove_leftovers(path)
+        last = None
+        if resume and self.last.exists():
+            last = interned(models.load_checkpoint(self.last))
         for path in (self.last, self.best) if last is None else (self.best,):
             if path.exists() and not overwrite and (
                     last is None or recipe(models.load_checkpoint(path)) != recipe(last)):
@@ -222,24 +292,29 @@ class Files:
                     **values, eta=timedelta(seconds=round(values["eta_seconds"])),
                     errors=" ".join(f"{e:.4f}" for e in values["relative_errors"])))
         if distributed.is_main():
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with self.metrics.open("a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.metrics} cannot be written: {error}") from error
 
     def start_afresh(self) -> None:
         """Remove what --overwrite gives up, lest a later --resume continue the old run."""
         for path in (self.last, self.best, self.metrics):
             path.unlink(missing_ok=True)
 
-    def trim_metrics(self, progress: Progress) -> None:
+    def trim_metrics(self, progress: Progress, position: Position) -> None:
         """Drop from metrics.jsonl what is about to be repeated, and a line torn by a crash."""
-        kept = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                whole = record["kind"] == "step" or progress.validated
-                if record["epoch"] < progress.epoch + whole:
-                    kept.append(line + "\n")
-        self.metrics.write_text("".join(kept))
+        done = {"step": lambda r: (r["epoch"], r["step"]) <= (position.epoch, position.reported),
+                "epoch": lambda r: r["epoch"] < progress.epoch + progress.validated,
+                "test": lambda r: False}
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        with distributed.replacing(self.metrics) as file:
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):
+                    record = json.loads(line)
+                    if done[record["kind"]](record):
+                        file.write(line.encode() + b"\n")
 
 
 def recipe(content: dict[str, Any]) -> dict[str, Any] | None:
@@ -261,11 +336,30 @@ def check_resumable(
     if changed:
         raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; "
                          "give it those settings, or another --output-dir")
-    trained = ("backbone.body.conv1.", "backbone.body.layer1.")
     for key, value in student.state_dict().items():
-        if not key.startswith(trained) and not torch.equal(value.cpu(), last["model"][key]):
+        if not key.startswith(TRAINED) and not torch.equal(value.cpu(), last["model"][key]):
             raise ValueError(f"{path} belongs to another teacher, whose {key} differs; resume with "
                              "the same --teacher-ckpt")
+
+
+def choose_position(last: dict[str, Any], path: Path) -> tuple[dict[str, Any], Position]:
+    """Return last.pt's content and where it stands; another number of processes falls back.
+
+    Within an epoch each process has its own share, so that many others must start it again.
+    """
+    try:
+        inside, start = last["position"], last["epoch_start"]
+        if inside is None:
+            return last, Position(last["progress"]["epoch"] + 1)
+        processes = len(inside["window"])
+        if processes == distributed.world_size():
+            return last, Position(**inside | {"window": inside["window"][distributed.rank()]})
+        log(f"{path} was written by {processes} processes within epoch {inside['epoch']}, which "
+            f"{distributed.world_size()} cannot take over: starting that epoch again")
+        last = last | start | {"model": last["model"] | start["model"], "epoch_start": None}
+        return last, Position(inside["epoch"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} was not written by train.py ({error})") from error
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -306,6 +400,8 @@ def parse_args() -> argparse.Namespace:
                         help="for the best checkpoint; below it, last.pt and logs (%(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help="continue from last.pt, if there is one")
+    parser.add_argument("--save-every-minutes", type=float, default=30, metavar="MIN",
+                        help="write last.pt within an epoch too (%(default)s)")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace checkpoints of other runs")
     parser.add_argument("--amp", choices=["bf16"],
@@ -342,7 +438,7 @@ def prepare_demo(args: argparse.Namespace) -> None:
         folder = args.data_dir / "train2017"
         images = [data.read_image(path) / 255 for path in sorted(folder.iterdir())[:8]]
         teacher = models.random_teacher(args.arch, images, 0, args.min_size, args.max_size)
-        models.save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
+        save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
     distributed.barrier()
 
 
@@ -366,6 +462,16 @@ def tell_demo(args: argparse.Namespace, files: Files) -> None:
         f"--data-dir {args.data_dir} --min-size {args.min_size} --max-size {args.max_size}")
 
 
+def command_to_continue() -> str:
+    """Return the command line of this run with --resume."""
+    local, everywhere = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    launcher = ["python"] if local is None else ["torchrun", f"--nproc_per_node={local}"]
+    if local != everywhere:
+        launcher.append("...")  # what joins several machines is known to its caller alone
+    flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
+    return " ".join(launcher) + " " + shlex.join([sys.argv[0], *flags, "--resume"])
+
+
 def main() -> None:
     args = parse_args()
     args.device = device = distributed.start(args.device)
@@ -376,6 +482,7 @@ def main() -> None:
     files = Files(args.output_dir, args.arch)
     last = files.claim(args.resume, args.overwrite) if distributed.is_main() else None
     last = distributed.broadcast(last)
+    distributed.advise(f"; it can be continued with\n    {command_to_continue()}")
     distributed.log_to(files.folder / "train.log")
     if args.demo:
         prepare_demo(args)
@@ -404,49 +511,76 @@ def main() -> None:
         [p for p in stem.parameters() if p.requires_grad], lr=experiment.lr)
     scheduler = build_scheduler(optimizer, experiment)
 
-    # what an earlier run with --resume has reached
-    progress = Progress(train_images=len(index))
+    # what an earlier run has reached, for --resume
+    progress, position, epoch_start = Progress(train_images=len(index)), Position(epoch=0), None
     if last is not None:
         check_resumable(last, files.last, experiment, len(index), student)
+        last, position = choose_position(last, files.last)
         models.load_weights(student, models.detector_state(last, files.last), files.last)
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["lr_scheduler"])
-        progress = Progress(**last["progress"])
-        log(f"resuming after epoch {progress.epoch}, best box mAP so far {progress.best_value:.4f}")
+        progress, epoch_start = Progress(**last["progress"]), last["epoch_start"]
+        log(f"resuming at epoch {position.epoch} after step {position.step}, "
+            f"best box mAP so far {progress.best_value:.4f}")
     if distributed.is_main():
-        files.trim_metrics(progress) if last else files.start_afresh()
+        files.trim_metrics(progress, position) if last else files.start_afresh()
     if distributed.world_size() > 1:
         distiller.student_stem = DistributedDataParallel(
             stem, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True)
         # once an epoch is enough, see below; the constructor's argument of this name is deprecated
         distiller.student_stem.broadcast_buffers = False
+        # DDP lays out its buckets anew after its first pass, and what three processes add up
+        # depends on that in the last bit: pass once before the first step, new run or resumed
+        distiller.student_stem(torch.zeros(1, 3, 32, 32, device=device)).sum().backward()
     log(f"{args.arch}: {len(index)} training images, {len(batches) // accumulation} steps an epoch "
         f"of {distributed.world_size()} processes x {accumulation} x {micro_batch} images; "
         f"{len(val.index)} validation images; on {device.type}")
 
-    def save(path: Path) -> None:
+    def save(path: Path, position: Position | None = None) -> None:
+        inside = None
+        if position is not None:  # every process has a window of its own
+            check_finite(position, loader, optimizer)
+            inside = vars(position) | {
+                "window": distributed.gather([terms.cpu() for terms in position.window])}
         if distributed.is_main():  # torchdistill's entries, then ours
-            models.save_checkpoint({
+            save_checkpoint({
                 "model": student.state_dict(), "optimizer": optimizer.state_dict(),
                 "lr_scheduler": scheduler.state_dict(), "best_value": progress.best_value,
-                "config": asdict(experiment), "args": None, "progress": asdict(progress)}, path)
+                "config": asdict(experiment), "args": None, "progress": asdict(progress),
+                "position": inside, "epoch_start": epoch_start if inside else None}, path)
 
     def finish_epoch() -> None:
         if validate(student, val, args, experiment, progress, files.report):
             save(files.best)
         save(files.last)
 
+    def pause() -> None:
+        nonlocal saved_at
+        due = time.monotonic() - saved_at >= 60 * args.save_every_minutes
+        due, interrupted = distributed.poll(due)
+        if due or interrupted:
+            save(files.last, position)
+            saved_at = time.monotonic()
+        if interrupted:
+            raise distributed.Interrupted(interrupted)
+
     if not progress.validated:
         finish_epoch()
-    for epoch in range(progress.epoch + 1, experiment.epochs):
-        progress.mean_loss = train_epoch(
-            experiment, distiller, teacher.transform, loader, optimizer, epoch, args.amp == "bf16",
-            args.log_every, files.report)
-        scheduler.step()
-        distributed.broadcast_buffers(stem)
-        progress.epoch, progress.validated = epoch, False
-        save(files.last)  # so that a crash while validating does not cost the epoch
+    while position.epoch < experiment.epochs:
+        saved_at = time.monotonic()
+        epoch_start = epoch_start or copy.deepcopy({
+            "model": {k: v for k, v in student.state_dict().items() if k.startswith(TRAINED)},
+            "optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()})
+        with distributed.signals_deferred():
+            progress.mean_loss = train_epoch(
+                experiment, distiller, teacher.transform, loader, optimizer, position,
+                args.amp == "bf16", args.log_every, files.report, pause)
+            scheduler.step()
+            distributed.broadcast_buffers(stem)
+            progress.epoch, progress.validated = position.epoch, False
+            position, epoch_start = Position(position.epoch + 1), None
+            save(files.last)  # so that a crash while validating does not cost the epoch
         finish_epoch()
 
     best = distributed.broadcast(

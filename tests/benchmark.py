@@ -128,7 +128,7 @@ def make_steps(min_size, max_size, device, images):
                     own.transform,
                     Loader([images]),
                     optimizer,
-                    0,
+                    train.Position(0),
                     bf16,
                     100,
                     lambda **_: None,

@@ -1,6 +1,8 @@
 """What users can get wrong: a message that names it, an exit status, nothing harmed, nobody left hanging."""
 
 import hashlib
+import signal
+import sys
 import time
 import urllib.error
 from pathlib import Path
@@ -23,14 +25,21 @@ def call(monkeypatch, capfd):
     """Run a script's main in this process; returns (exit status, what it wrote to stderr)."""
 
     def call(module, *flags):
-        monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, flags)])
+        handlers = {
+            number: signal.getsignal(number) for number in (*distributed.SIGNALS, signal.SIGCHLD)
+        }
         capfd.readouterr()
-        try:
-            with distributed.session():
-                module.main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
+        status = 0
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, flags)])
+            patch.setattr("os._exit", sys.exit)
+            try:
+                with distributed.session():
+                    module.main()
+            except SystemExit as exit:
+                status = exit.code
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         return status, capfd.readouterr().err
 
     return call
@@ -308,15 +317,26 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     assert_told(call(train, *flags, "--resume"), 1, "last.pt was not written by train.py")
 
 
-def test_a_loss_that_is_not_finite_saves_nothing(call, flags, teachers, tmp_path):
+@pytest.fixture
+def poisoned(teachers, tmp_path):
+    """A teacher with a weight so large, though finite, that features and loss are not."""
     state = torch.load(teachers["fasterrcnn"])
-    state["backbone.body.layer3.0.conv1.weight"][0, 0] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
+    state["backbone.body.layer3.0.conv1.weight"][0] = 3e38
+    torch.save(state, tmp_path / "poisoned.pt")
+    return tmp_path / "poisoned.pt"
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(call, flags, poisoned, tmp_path):
+    told = call(train, *flags, "--teacher-ckpt", poisoned, "--save-every-minutes", "0")
     assert_told(
-        call(train, *flags, "--teacher-ckpt", tmp_path / "nan.pt"),
+        told,
         1,
-        "the loss is nan at epoch 0, step 1",
+        "the loss is no longer finite at epoch 0, step 1, lr 1e-03; terms of the loss: layer1 ",
+        "layer3 nan",
     )
+    index, folder = data.load_split(Path(flags[3]), "train", 12)
+    batch = next(iter(data.GroupedBatches(index, 4, 0, 1)))
+    assert " ".join(f"{folder / index.names[image]}" for image, _ in batch) in told[1]
     assert digests(tmp_path / "out") == {}
 
 
@@ -330,13 +350,10 @@ def test_a_bug_is_told_with_its_traceback(call, flags, monkeypatch, tmp_path):
     assert "Traceback" in (tmp_path / "out" / "fasterrcnn" / "train.log").read_text()
 
 
-def test_overwriting_leaves_nothing_of_the_old_run_to_resume(call, flags, teachers, tmp_path):
+def test_overwriting_leaves_nothing_of_the_old_run_to_resume(call, flags, poisoned, tmp_path):
     assert call(train, *flags)[0] == 0
-    state = torch.load(teachers["fasterrcnn"])
-    state["backbone.body.layer3.0.conv1.weight"][0, 0] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    broken = call(train, *flags, "--overwrite", "--teacher-ckpt", tmp_path / "nan.pt")
-    assert_told(broken, 1, "the loss is nan")
+    broken = call(train, *flags, "--overwrite", "--teacher-ckpt", poisoned)
+    assert_told(broken, 1, "the loss is no longer finite")
     assert digests(tmp_path / "out") == {}
 
 

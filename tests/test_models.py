@@ -13,6 +13,7 @@ from conftest import ARCHS, SIZES
 from torchvision.ops import FrozenBatchNorm2d
 
 import models
+import train
 
 REFERENCE = json.loads((Path(__file__).parent / "checkpoint_keys.json").read_text())
 
@@ -307,8 +308,8 @@ def test_damaged_files_are_refused(checkpoints, tmp_path):
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "last.pt"
-    models.save_checkpoint({"epoch": 1}, path)
+    train.save_checkpoint({"epoch": 1}, path)
     with pytest.raises(Exception, match="pickle|local"):
-        models.save_checkpoint({"epoch": 2, "unpicklable": lambda: None}, path)
+        train.save_checkpoint({"epoch": 2, "unpicklable": lambda: None}, path)
     assert models.load_checkpoint(path) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -76,7 +76,7 @@ def both_students(request, original, teachers, tmp_path_factory):
     optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-3)
     sum(p.sum() for p in student.parameters() if p.requires_grad).backward()
     optimizer.step()
-    models.save_checkpoint(
+    train.save_checkpoint(
         {
             "model": student.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -301,7 +301,7 @@ def train_ours(path, batches, dtype, monkeypatch):
             teacher.transform,
             Loader([images]),
             optimizer,
-            epoch,
+            train.Position(epoch),
             False,
             1,
             lambda **v: steps.append([v["lr"], v["loss"], *terms[-1].tolist()]),
@@ -464,7 +464,7 @@ def test_batches_are_prepared_as_the_original_prepares_them(dataset, teachers):
         teacher.transform,
         loader,
         torch.optim.SGD(seen.parameters()),
-        0,
+        train.Position(0),
         False,
         1,
         lambda **_: None,

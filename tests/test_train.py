@@ -116,7 +116,7 @@ with distributed.session():
     loader = data.train_loader(data.CocoImages(index, folder), batches, 0, False)
     optimizer = torch.optim.SGD([p for p in stem.parameters() if p.requires_grad], lr=0)
     reports = []
-    train.train_epoch(experiment, distiller, teacher.transform, loader, optimizer, 0, False, 1,
+    train.train_epoch(experiment, distiller, teacher.transform, loader, optimizer, train.Position(0), False, 1,
                       lambda **values: reports.append(values))
     if rank == 0:
         grads = {name: p.grad for name, p in stem.named_parameters() if p.grad is not None}
@@ -311,7 +311,7 @@ def test_two_epochs_are_one_and_one_resumed(uninterrupted, dataset, teachers, tm
     )  # as a crash in epoch 1 leaves it
     second = run("train.py", *flags, "--epochs", 2)
     assert second.returncode == 0, second.stderr
-    assert "resuming after epoch 0" in second.stdout
+    assert "resuming at epoch 1 after step 0" in second.stdout
     for kind in ("step", "epoch"):
         assert equal_but_for_speed(
             records(tmp_path / "fasterrcnn", kind), records(uninterrupted / "fasterrcnn", kind)
