@@ -1,6 +1,7 @@
 """Teacher, bottleneck-injected student, the module that training runs, and checkpoint files."""
 
 import argparse
+import contextlib
 import copy
 import itertools
 import zipfile
@@ -197,12 +198,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} is not there")
+    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        if sum(e.file_size for e in archive.infolist()) > Path(path).stat().st_size:
+            raise ValueError(f"{path} was refused: it would unpack to more than it is")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > Path(path).stat().st_size:
-                raise zipfile.BadZipFile("it would unpack to more than it is")
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

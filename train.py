@@ -332,7 +332,7 @@ def check_resumable(
         before = recipe(last) | {"images": last["progress"]["train_images"]}
         changed = [f"{key} {before[key]}, not {now[key]}" for key in now if before[key] != now[key]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} was not written by train.py ({error})") from error
+        raise ValueError(f"{path} was not written by this train.py ({error})") from error
     if changed:
         raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; "
                          "give it those settings, or another --output-dir")
@@ -342,24 +342,31 @@ def check_resumable(
                              "the same --teacher-ckpt")
 
 
-def choose_position(last: dict[str, Any], path: Path) -> tuple[dict[str, Any], Position]:
-    """Return last.pt's content and where it stands; another number of processes falls back.
+def restore(
+    last: dict[str, Any], path: Path, student: nn.Module, optimizer: torch.optim.Optimizer,
+    scheduler: MultiStepLR,
+) -> tuple[Progress, Position, dict[str, Any] | None]:
+    """Load last.pt's content; return how far it is, where, and what its epoch started from.
 
-    Within an epoch each process has its own share, so that many others must start it again.
+    Within an epoch each process has its own share, which another number of processes cannot take
+    over: they start that epoch again.
     """
     try:
-        inside, start = last["position"], last["epoch_start"]
-        if inside is None:
-            return last, Position(last["progress"]["epoch"] + 1)
-        processes = len(inside["window"])
-        if processes == distributed.world_size():
-            return last, Position(**inside | {"window": inside["window"][distributed.rank()]})
-        log(f"{path} was written by {processes} processes within epoch {inside['epoch']}, which "
-            f"{distributed.world_size()} cannot take over: starting that epoch again")
-        last = last | start | {"model": last["model"] | start["model"], "epoch_start": None}
-        return last, Position(inside["epoch"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} was not written by train.py ({error})") from error
+        inside, epoch_start = last["position"], last["epoch_start"]
+        position = Position(last["progress"]["epoch"] + 1)
+        if inside is not None and len(inside["window"]) == distributed.world_size():
+            position = Position(**inside | {"window": inside["window"][distributed.rank()]})
+        elif inside is not None:
+            log(f"{path} was written by {len(inside['window'])} processes within epoch "
+                f"{position.epoch}, which {distributed.world_size()} cannot take over: starting "
+                "that epoch again")
+            last = last | epoch_start | {"model": last["model"] | epoch_start["model"]}
+        models.load_weights(student, models.detector_state(last, path), path)
+        optimizer.load_state_dict(last["optimizer"])
+        scheduler.load_state_dict(last["lr_scheduler"])
+        return Progress(**last["progress"]), position, epoch_start
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} was not written by this train.py ({error})") from error
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -515,11 +522,8 @@ def main() -> None:
     progress, position, epoch_start = Progress(train_images=len(index)), Position(epoch=0), None
     if last is not None:
         check_resumable(last, files.last, experiment, len(index), student)
-        last, position = choose_position(last, files.last)
-        models.load_weights(student, models.detector_state(last, files.last), files.last)
-        optimizer.load_state_dict(last["optimizer"])
-        scheduler.load_state_dict(last["lr_scheduler"])
-        progress, epoch_start = Progress(**last["progress"]), last["epoch_start"]
+        progress, position, epoch_start = restore(
+            last, files.last, student, optimizer, scheduler)
         log(f"resuming at epoch {position.epoch} after step {position.step}, "
             f"best box mAP so far {progress.best_value:.4f}")
     if distributed.is_main():

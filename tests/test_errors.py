@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,19 @@ class Code:
         return Path.touch, (Path("/tmp/ghnd-test-was-run"),)
 
 
+def write_zip_bomb(path):
+    """A small file whose pickle would unpack to 200 MB."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(200_000_000))
+        archive.writestr("archive/version", "3")
+
+
+def spoil(source, path):
+    content = torch.load(source, weights_only=True)
+    content["model"]["rpn.head.conv.0.0.bias"][7] = torch.inf
+    torch.save(content, path)
+
+
 def test_checkpoints_that_are_not(call, dataset, teachers, checkpoints, tmp_path):
     Path("/tmp/ghnd-test-was-run").unlink(missing_ok=True)
     path = tmp_path / "x.pt"
@@ -226,6 +240,10 @@ def test_checkpoints_that_are_not(call, dataset, teachers, checkpoints, tmp_path
         "damaged": lambda: path.write_bytes(checkpoints["fasterrcnn"].read_bytes()[:100_000]),
         "no R-CNN detector": lambda: torch.save({"model": {"fc.weight": torch.zeros(1)}}, path),
         "no bottleneck": lambda: path.write_bytes(teachers["fasterrcnn"].read_bytes()),
+        "unpack to more than it is": lambda: write_zip_bomb(path),
+        "x.pt is spoilt: rpn.head.conv.0.0.bias has values that are not finite": lambda: spoil(
+            checkpoints["fasterrcnn"], path
+        ),
     }
     for text, make in cases.items():
         make()
@@ -314,7 +332,24 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     (out / "fasterrcnn" / "last.pt").write_bytes(b"junk")
     assert_told(call(train, *flags, "--resume"), 1, "last.pt was refused")
     torch.save({"some": "thing"}, out / "fasterrcnn" / "last.pt")
-    assert_told(call(train, *flags, "--resume"), 1, "last.pt was not written by train.py")
+    assert_told(call(train, *flags, "--resume"), 1, "last.pt was not written by this train.py")
+
+
+def test_a_last_checkpoint_that_cannot_be_resumed(call, flags, tmp_path):
+    assert call(train, *flags)[0] == 0
+    path = tmp_path / "out" / "fasterrcnn" / "last.pt"
+    last = torch.load(path, weights_only=True)
+    model = {**last["model"], "backbone.body.conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}
+    for text, change in {
+        "last.pt was not written by this train.py": {"progress": last["progress"] | {"x": 1}},
+        "last.pt was not written by this train.py (": {"position": {"step": 1}},
+        "last.pt was not written by this train.py ('param_groups'": {"optimizer": {}},
+        "last.pt is spoilt: backbone.body.conv1.weight has values that": {"model": model},
+    }.items():
+        torch.save(last | change, path)
+        before = digests(tmp_path / "out")
+        assert_told(call(train, *flags, "--resume"), 1, text)
+        assert digests(tmp_path / "out") == before
 
 
 @pytest.fixture

@@ -277,6 +277,9 @@ def test_wrong_detectors_are_refused(state, teachers, tmp_path):
         loads({**state, "surplus": torch.zeros(1)}, tmp_path)
     with pytest.raises(ValueError, match="does not fit FasterRCNN: size mismatch"):
         loads({**state, "rpn.head.cls_logits.bias": torch.zeros(5)}, tmp_path)
+    for narrowest in (torch.zeros(()), torch.zeros(1).expand(10**9, 64, 2, 2)):
+        with pytest.raises(ValueError, match="no bottleneck"):  # nor the memory that it would take
+            loads({**state, "backbone.body.layer1.encoder.7.weight": narrowest}, tmp_path)
     with pytest.raises(ValueError, match="no bottleneck"):
         models.load_student(teachers["fasterrcnn"])
     with pytest.raises(ValueError, match="teacher for --arch maskrcnn"):
