@@ -68,7 +68,7 @@ def session() -> Iterator[None]:
         return
     # After a failure a normal exit would wait for peers that are themselves waiting; after success
     # it has been seen to abort in a gloo thread (torch 2.11).
-    if status == 0:
+    if status == 0 and dist.is_initialized():
         dist.destroy_process_group()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would miss its workers
     for worker in multiprocessing.active_children():
@@ -88,10 +88,12 @@ def _report_once(error: BaseException) -> int:
             message = message.strip().rsplit(f"\n{type(error).__name__}: ", 1)[-1]
     else:
         message, status = "".join(traceback.format_exception(error)), 1
-    with contextlib.suppress(RuntimeError):  # the store went down with its host, or none told
+    try:
         if _store is not None and _store.add("failed", 1) > 1:
             _store.wait(["told"], timedelta(seconds=10))  # or torchrun would stop the one who tells
             return status
+    except RuntimeError:  # the store went down with its host, or nobody told in time
+        return status
     logger.debug("%s", "".join(traceback.format_exception(error)))
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)

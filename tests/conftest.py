@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torchvision.io
 from pycocotools import mask as coco_mask
 
 import data
+import distributed
 import models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +79,17 @@ def add_edge_cases(content):
                 "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
             }
         )
+
+
+@pytest.fixture
+def sessions_here(monkeypatch):
+    """Let distributed.session run in this process: no os._exit, and signals as they were."""
+    numbers = (*distributed.SIGNALS, signal.SIGCHLD)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    monkeypatch.setattr("os._exit", sys.exit)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

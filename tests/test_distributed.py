@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -93,12 +94,12 @@ def test_device_is_chosen(monkeypatch):
         distributed.start("mps")
 
 
-def test_user_errors_become_one_line_and_a_status(capsys):
+def test_user_errors_become_one_line_and_a_status(sessions_here, capsys):
     for error, status, text in (
         (FileNotFoundError("x is missing"), 1, ": error: x is missing\n"),
         (ValueError("bad"), 1, ": error: bad\n"),
         (distributed.argparse.ArgumentError(None, "flag"), 2, ": error: flag\n"),
-        (KeyboardInterrupt(), 130, ": error: interrupted\n"),
+        (distributed.Interrupted(signal.SIGTERM), 143, ": error: stopped by SIGTERM\n"),
         (
             ValueError(
                 "Caught ValueError in worker 0.\nOriginal Traceback (most recent call last):\n  File\n"
