@@ -50,8 +50,8 @@ def session() -> Iterator[None]:
     logging.raiseExceptions = False  # lest a full disk's log bury its one message
     for number in SIGNALS:
         signal.signal(number, _on_signal)
-    global _store, _signal, _deferred
-    _store, _signal, _deferred = None, 0, False
+    global _store, _advice, _signal, _deferred
+    _store, _advice, _signal, _deferred = None, "", 0, False
     status = 0
     try:
         if world_size() > 1:
