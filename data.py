@@ -335,6 +335,9 @@ def check_split(data_dir: Path, split: str, workers: int) -> int:
     except (OSError, ValueError) as error:
         log(str(error))
         return 1
+    if not (data_dir / f"{split}2017").is_dir():
+        log(f"{data_dir / f'{split}2017'}/ is missing")
+        return 1
     problems = Problems(index, data_dir / f"{split}2017")
     loader = DataLoader(problems, batch_size=32, collate_fn=list, num_workers=workers,
                         worker_init_fn=distributed.ignore_signals)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 logger = logging.getLogger("ghnd")
 log = logger.info
 USER_ERRORS = (OSError, ValueError, FloatingPointError)  # told without a traceback
+PEER_DIED = ("by peer", "Broken pipe", "remote process exited")  # as gloo and nccl say it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what clusters send
 
 
@@ -59,8 +60,12 @@ def session() -> Iterator[None]:
             # torchrun's store outlives a restart, with the dead processes' addresses in it
             _store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         yield
+        if _signal:  # raised where Python swallows it, as in a destructor
+            raise Interrupted(_signal)
         barrier()
+        _deferred = True
     except (Exception, Interrupted) as error:
+        _deferred = True  # leave undisturbed
         status = _report_once(error)
     finally:
         logger.handlers.clear()
@@ -80,7 +85,7 @@ def _report_once(error: BaseException) -> int:
     """Report an error unless another process has; returns the exit status."""
     if isinstance(error, Interrupted):
         message, status = str(error), 128 + error.number
-    elif isinstance(error, RuntimeError) and "by peer" in str(error):  # gloo saw a process die
+    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_DIED):
         message, status = "another process died; what follows tells which one", 1
     elif isinstance(error, (argparse.ArgumentError, *USER_ERRORS)):
         message, status = str(error), 2 if isinstance(error, argparse.ArgumentError) else 1
@@ -127,8 +132,8 @@ def advise(advice: str) -> None:
 
 def _on_signal(number: int, frame: object) -> None:
     global _signal
-    first, _signal = _signal == 0, _signal or number
-    if first and not _deferred:
+    _signal = _signal or number
+    if not _deferred:
         raise Interrupted(number)
 
 
@@ -273,7 +278,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file.name)
                 raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: a full disk, from torch's zip writer
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(
+                sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
+            raise  # no full disk, as torch's zip writer tells it, but a CUDA error, say
         raise OSError(f"{path} cannot be written: {error}") from error
 
 

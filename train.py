@@ -185,6 +185,7 @@ def check_finite(position: Position, loader: DataLoader, optimizer: torch.optim.
 
     It looks at the losses not yet reported, and names the images of the first batch to blame.
     """
+    distributed.barrier()  # finds out who died, where the GPU's queue would wait for them
     group, sound = optimizer.param_groups[0], []
     if position.window:
         sound = torch.stack(position.window)[:, 0].isfinite().all(1).tolist()
@@ -331,15 +332,15 @@ def check_resumable(
     try:
         before = recipe(last) | {"images": last["progress"]["train_images"]}
         changed = [f"{key} {before[key]}, not {now[key]}" for key in now if before[key] != now[key]]
+        if changed:
+            raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; "
+                             "give it those settings, or another --output-dir")
+        for key, value in student.state_dict().items():
+            if not key.startswith(TRAINED) and not torch.equal(value.cpu(), last["model"][key]):
+                raise ValueError(f"{path} belongs to another teacher, whose {key} differs; resume "
+                                 "with the same --teacher-ckpt")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} was not written by this train.py ({error})") from error
-    if changed:
-        raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; "
-                         "give it those settings, or another --output-dir")
-    for key, value in student.state_dict().items():
-        if not key.startswith(TRAINED) and not torch.equal(value.cpu(), last["model"][key]):
-            raise ValueError(f"{path} belongs to another teacher, whose {key} differs; resume with "
-                             "the same --teacher-ckpt")
 
 
 def restore(
@@ -362,7 +363,7 @@ def restore(
                 "that epoch again")
             last = last | epoch_start | {"model": last["model"] | epoch_start["model"]}
         models.load_weights(student, models.detector_state(last, path), path)
-        optimizer.load_state_dict(last["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(last["optimizer"]))  # it would keep the tensors
         scheduler.load_state_dict(last["lr_scheduler"])
         return Progress(**last["progress"]), position, epoch_start
     except (AttributeError, KeyError, TypeError) as error:
@@ -489,7 +490,6 @@ def main() -> None:
     files = Files(args.output_dir, args.arch)
     last = files.claim(args.resume, args.overwrite) if distributed.is_main() else None
     last = distributed.broadcast(last)
-    distributed.advise(f"; it can be continued with\n    {command_to_continue()}")
     distributed.log_to(files.folder / "train.log")
     if args.demo:
         prepare_demo(args)
@@ -528,6 +528,7 @@ def main() -> None:
             f"best box mAP so far {progress.best_value:.4f}")
     if distributed.is_main():
         files.trim_metrics(progress, position) if last else files.start_afresh()
+    distributed.advise(f"; it can be continued with\n    {command_to_continue()}")
     if distributed.world_size() > 1:
         distiller.student_stem = DistributedDataParallel(
             stem, device_ids=[device.index] if device.type == "cuda" else None,
@@ -553,6 +554,7 @@ def main() -> None:
                 "lr_scheduler": scheduler.state_dict(), "best_value": progress.best_value,
                 "config": asdict(experiment), "args": None, "progress": asdict(progress),
                 "position": inside, "epoch_start": epoch_start if inside else None}, path)
+        distributed.barrier()  # so that no process goes on as if it were written
 
     def finish_epoch() -> None:
         if validate(student, val, args, experiment, progress, files.report):

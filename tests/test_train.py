@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -488,3 +489,31 @@ def test_weights_that_are_not_finite_are_told_with_the_latest_batch(dataset):
     ) as e:
         train.check_finite(position, loader, optimizer)
     assert "layer3 inf, layer4 2.000e+00; images: " + " ".join(files) + ";" in str(e.value)
+
+
+def test_a_restored_optimizer_does_not_reach_into_the_start_of_the_epoch(teachers, tmp_path):
+    teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"])
+    student = models.build_student(teacher)
+    weights = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=1e-3)
+    scheduler = train.build_scheduler(optimizer, train.FASTERRCNN)
+
+    def step():
+        sum(p.sum() for p in weights).backward()
+        optimizer.step()
+
+    step()
+    model = {k: v.clone() for k, v in student.state_dict().items()}
+    start = {"optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}
+    start = copy.deepcopy(start | {"model": {k: model[k] for k in model if "layer1" in k}})
+    last = start | {
+        "model": model,
+        "progress": asdict(train.Progress(12, epoch=0)),
+        "position": {"epoch": 1, "window": [[], []]},  # of two processes
+        "epoch_start": copy.deepcopy(start),
+    }
+    _, position, kept = train.restore(last, tmp_path, student, optimizer, scheduler)
+    assert position == train.Position(1)
+    step()
+    assert optimizer.state[weights[0]]["step"] == 2
+    assert same_tensors(kept, start)
