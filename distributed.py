@@ -94,18 +94,32 @@ def _report_once(error: BaseException) -> int:
     else:
         message, status = "".join(traceback.format_exception(error)), 1
     try:
-        if _store is not None and _store.add("failed", 1) > 1:
-            _store.wait(["told"], timedelta(seconds=10))  # or torchrun would stop the one who tells
-            return status
+        with _c10d_muted():
+            if _store is not None and _store.add("failed", 1) > 1:
+                _store.wait(["told"], timedelta(seconds=10))  # or torchrun would stop the teller
+                return status
     except RuntimeError:  # the store went down with its host, or nobody told in time
         return status
     logger.debug("%s", "".join(traceback.format_exception(error)))
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError), _c10d_muted():
         if _store is not None:
             _store.set("told", "yes")
     return status
+
+
+@contextlib.contextmanager
+def _c10d_muted() -> Iterator[None]:
+    """Silence C++, which prints its stack where the process with the store was quicker to leave."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 # ---- signals -------------------------------------------------------------------------------------

@@ -113,7 +113,6 @@ class Position:
 
     epoch: int              # counted from 0
     step: int = 0           # so many steps are done, ...
-    batches: int = 0        # ... so many micro-batches on each process, ...
     reported: int = 0       # ... and so many steps reported
     loss_sum: float = 0.0   # over the steps reported
     # since then, from this process's micro-batches: errors and energies, (2, layers), on device
@@ -141,7 +140,7 @@ def train_epoch(
     waited, first = 0.0, position.step
     begin = window_begin = time.perf_counter()
     stem.train()
-    loader.batch_sampler.epoch, loader.batch_sampler.start = position.epoch, position.batches
+    loader.batch_sampler.epoch, loader.batch_sampler.start = position.epoch, first * accumulation
     batches = iter(loader)
     for step in range(first + 1, steps + 1):
         optimizer.zero_grad(set_to_none=True)
@@ -159,11 +158,10 @@ def train_epoch(
                 loss, errors = losses.ghnd_loss(student_maps, teacher_maps)  # errors: (layers,)
                 (loss * scale * world_size).backward()
             position.window.append(torch.stack([errors, losses.energies(teacher_maps)]))
-            position.batches += 1
         optimizer.step()
         position.step = step
         if step % log_every == 0 or step == steps:  # the only place that waits for the device
-            check_finite(position, loader, optimizer)
+            check_finite(position, accumulation, loader, optimizer)
             errors, energies = distributed.total(torch.stack(position.window).cpu().double().sum(0))
             loss = errors.sum().item() * scale / (step - position.reported)
             now = time.perf_counter()
@@ -180,7 +178,9 @@ def train_epoch(
     return position.loss_sum / steps
 
 
-def check_finite(position: Position, loader: DataLoader, optimizer: torch.optim.Optimizer) -> None:
+def check_finite(
+    position: Position, accumulation: int, loader: DataLoader, optimizer: torch.optim.Optimizer
+) -> None:
     """Raise FloatingPointError, on all processes alike, unless losses and weights are finite.
 
     It looks at the losses not yet reported, and names the images of the first batch to blame.
@@ -193,15 +193,15 @@ def check_finite(position: Position, loader: DataLoader, optimizer: torch.optim.
     blamed = None
     if not all(sound):
         back = max(1, len(position.window) - sound.index(False))  # 1: the latest batch
-        number = position.batches - back
+        number = position.step * accumulation - back
         loader.batch_sampler.start = number
         folder, names = loader.dataset.folder, loader.dataset.names
         files = [str(folder / names[image]) for image, _ in next(iter(loader.batch_sampler))]
-        step = 1 + number * position.step // position.batches
         terms = position.window[-back][0].tolist() if position.window else []
         blamed = number, (
             f"the {'weights are' if all(sound[:-1]) else 'loss is'} no longer finite at epoch "
-            f"{position.epoch}, step {step}, lr {group['lr']:.0e}; terms of the loss: "
+            f"{position.epoch}, step {1 + number // accumulation}, lr {group['lr']:.0e}; "
+            "terms of the loss: "
             + ", ".join(f"{name} {t:.3e}" for name, t in zip(models.DISTILLED, terms))
             + f"; images: {' '.join(files)}; the checkpoints on disk are from before")
     everyone = [blamed for blamed in distributed.gather(blamed) if blamed]
@@ -312,7 +312,7 @@ class Files:
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         with distributed.replacing(self.metrics) as file:
             for line in lines:
-                with contextlib.suppress(json.JSONDecodeError):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     record = json.loads(line)
                     if done[record["kind"]](record):
                         file.write(line.encode() + b"\n")
@@ -545,7 +545,7 @@ def main() -> None:
     def save(path: Path, position: Position | None = None) -> None:
         inside = None
         if position is not None:  # every process has a window of its own
-            check_finite(position, loader, optimizer)
+            check_finite(position, accumulation, loader, optimizer)
             inside = vars(position) | {
                 "window": distributed.gather([terms.cpu() for terms in position.window])}
         if distributed.is_main():  # torchdistill's entries, then ours

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,13 @@ def run(script, *flags, nproc=None, cwd=None, env=None, timeout=240):
         capture_output=True,
         text=True,
     )
+
+
+def free_port():
+    """A port for processes that no torchrun starts, as MASTER_PORT wants it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def figures_of(process):

@@ -1,10 +1,13 @@
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import free_port, run
 
 import distributed
 
@@ -52,6 +55,16 @@ with distributed.session():
     distributed.total(torch.zeros(1))  # waits for rank 1, in vain
 """
 
+LATE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import distributed
+with distributed.session():
+    distributed.start("cpu")
+    time.sleep(distributed.rank() == int(sys.argv[2]))
+    raise ValueError("the reason")
+"""
+
 
 @pytest.mark.parametrize("nproc", [None, 2, 3])
 def test_collectives(nproc, tmp_path):
@@ -79,6 +92,22 @@ def test_a_process_that_fails_ends_the_others_with_its_reason_told_once(error, t
     assert "Connection closed" not in process.stderr
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_without_torchrun_the_one_with_the_store_may_leave_first(late, tmp_path):
+    (tmp_path / "script.py").write_text(LATE)
+    command = [sys.executable, tmp_path / "script.py", Path(distributed.__file__).parent, str(late)]
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [
+        subprocess.Popen(
+            command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert sorted(errors) == ["", "script.py: error: the reason\n"]
+    assert [process.returncode for process in processes] == [1, 1]
+
+
 def test_device_is_chosen(monkeypatch):
     assert distributed.start("cpu") == torch.device("cpu")
     assert distributed.start("auto").type in ("cpu", "cuda", "mps")
@@ -92,6 +121,19 @@ def test_device_is_chosen(monkeypatch):
     monkeypatch.setitem(os.environ, "RANK", "0")
     with pytest.raises(ValueError, match="--device mps needs"):
         distributed.start("mps")
+
+
+def test_a_signal_that_was_swallowed_is_remembered_and_a_second_one_strikes(sessions_here, capsys):
+    seen = []
+    with pytest.raises(SystemExit) as exit, distributed.session():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:  # as Python does around a destructor
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+            except distributed.Interrupted as error:
+                seen.append(error.number)
+    assert seen == [signal.SIGTERM, signal.SIGINT] and exit.value.code == 143
+    assert capsys.readouterr().err.endswith(": error: stopped by SIGTERM\n")
 
 
 def test_user_errors_become_one_line_and_a_status(sessions_here, capsys):

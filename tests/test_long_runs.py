@@ -7,14 +7,13 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, SIZE_FLAGS, run
+from conftest import ROOT, SIZE_FLAGS, free_port, run
 
 import distributed
 import train
@@ -33,7 +32,7 @@ def process_of_a_run(rank, world_size, port, flags, log, limit):
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
     }
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers
@@ -51,9 +50,7 @@ class Run:
     """A run of train.py in so many processes; `log` is what all of them print."""
 
     def __init__(self, flags, log, world_size=2, limit=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.log = log
         log.write_text("")
         self.processes = [
@@ -87,6 +84,9 @@ def wait_for(condition, timeout=60):
     while not condition():
         assert time.monotonic() - begin < timeout
         time.sleep(0.01)
+
+
+MORE_STEPS = ("--images-per-step", "4", "--log-every", "4")  # 6 an epoch
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,7 @@ def loadable(folder):
 
 def test_twenty_kills_change_nothing(flags, whole, tmp_path):
     moments = random.Random(0)
-    more = ("--images-per-step", "4", "--log-every", "4")  # 2 epochs of 6 steps
-    flags = [*flags, *more, "--output-dir", tmp_path, "--resume", "--save-every-minutes", "0"]
+    flags = [*flags, *MORE_STEPS, "--output-dir", tmp_path, "--resume", "--save-every-minutes", "0"]
     positions = []
     for kill in range(20):
         process = Run(flags, tmp_path / "log")
@@ -151,7 +150,7 @@ def test_twenty_kills_change_nothing(flags, whole, tmp_path):
             inside = content["position"] or {"step": 0}
             positions.append((content["progress"]["epoch"], inside["step"]))
     assert Run(flags, tmp_path / "log").wait() == [0, 0], (tmp_path / "log").read_text()
-    assert_same_run(tmp_path, whole(2, *more))
+    assert_same_run(tmp_path, whole(2, *MORE_STEPS))
     assert positions == sorted(positions) and len(set(positions)) > 4, positions
 
 
@@ -164,8 +163,8 @@ def test_sigterm_under_torchrun(flags, whole, tmp_path):
     wait_for(lambda: (tmp_path / METRICS).exists() and (tmp_path / METRICS).read_text())
     begin = time.monotonic()
     process.terminate()
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - begin < 15 and process.returncode != 0
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30 and process.returncode != 0
     assert errors.count("train.py: error: stopped by SIGTERM; it can be continued with\n") == 1
     assert "    torchrun --nproc_per_node=3 " in errors and " --epochs 1000 --resume\n" in errors
     assert loadable(tmp_path)
@@ -177,32 +176,32 @@ def test_sigterm_under_torchrun(flags, whole, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_within_an_epoch(number, flags, whole, tmp_path):
     """It may reach only one of the processes, and its loader's workers as well."""
-    process = Run([*flags, "--output-dir", tmp_path, "--log-every", "1"], tmp_path / "log")
+    flags = [*flags, *MORE_STEPS, "--output-dir", tmp_path, "--log-every", "1"]
+    process = Run(flags, tmp_path / "log")
     wait_for(lambda: (tmp_path / METRICS).exists() and (tmp_path / METRICS).read_text())
     begin = time.monotonic()
     os.killpg(process.processes[1].pid, number)
-    assert process.wait() == [128 + number] * 2 and time.monotonic() - begin < 15
+    assert process.wait() == [128 + number] * 2 and time.monotonic() - begin < 30
     told = process.log.read_text()
     assert told.count(f"train.py: error: stopped by {signal.Signals(number).name}; ") == 1
     assert told.endswith(" --resume\n") and "Traceback" not in told
     content = torch.load(tmp_path / LAST, weights_only=True)
-    assert content["position"]["epoch"] == 0 and content["position"]["step"] in (1, 2)
-    flags = [*flags, "--output-dir", tmp_path, "--resume", "--log-every", "1"]
-    assert Run(flags, tmp_path / "log").wait() == [0, 0]
-    assert (tmp_path / BEST).read_bytes() == (whole(2) / BEST).read_bytes()
+    assert content["position"]["epoch"] == 0 and 1 <= content["position"]["step"] <= 6
+    assert Run([*flags, "--resume"], tmp_path / "log").wait() == [0, 0]
+    assert (tmp_path / BEST).read_bytes() == (whole(2, *MORE_STEPS) / BEST).read_bytes()
 
 
 def test_another_number_of_processes_starts_the_epoch_again(flags, whole, tmp_path):
-    process = Run([*flags, "--output-dir", tmp_path, "--log-every", "1"], tmp_path / "log", 1)
+    flags = [*flags, *MORE_STEPS, "--output-dir", tmp_path]
+    process = Run([*flags, "--log-every", "1"], tmp_path / "log", 1)
     wait_for(lambda: (tmp_path / METRICS).exists() and (tmp_path / METRICS).read_text())
     os.kill(process.processes[0].pid, signal.SIGTERM)
     assert process.wait() == [143]
     assert torch.load(tmp_path / LAST, weights_only=True)["position"]["step"] > 0
-    flags = [*flags, "--output-dir", tmp_path, "--resume"]
-    process = Run(flags, tmp_path / "log", 2)
+    process = Run([*flags, "--resume"], tmp_path / "log", 2)
     assert process.wait() == [0, 0], process.log.read_text()
     assert "written by 1 processes within epoch 0, which 2 cannot take" in process.log.read_text()
-    assert_same_run(tmp_path, whole(2))
+    assert_same_run(tmp_path, whole(2, *MORE_STEPS))
 
 
 DYING = """
@@ -283,7 +282,7 @@ def test_a_stopped_evaluation(dataset, checkpoints):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "11 images" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (143, "evaluate.py: error: stopped by SIGTERM\n")
 
 

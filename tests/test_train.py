@@ -473,13 +473,13 @@ def test_weights_that_are_not_finite_are_told_with_the_latest_batch(dataset):
     loader = data.train_loader(data.CocoImages(index, folder), batches, 0, False)
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.Adam([weight], lr=1e-3)
-    position = train.Position(0, 2, 6, window=[torch.ones(2, 4) * i for i in range(1, 7)])
-    train.check_finite(position, loader, optimizer)
+    position = train.Position(0, 2, window=[torch.ones(2, 4) * i for i in range(1, 7)])
+    train.check_finite(position, 3, loader, optimizer)
     with torch.no_grad():
         weight[1] = torch.nan
     files = [str(folder / index.names[image]) for image, _ in list(batches)[5]]
     with pytest.raises(FloatingPointError) as error:
-        train.check_finite(position, loader, optimizer)
+        train.check_finite(position, 3, loader, optimizer)
     assert "the weights are no longer finite at epoch 0, step 2, lr 1e-03" in str(error.value)
     assert "layer4 6.000e+00; images: " + " ".join(files) + ";" in str(error.value)
     batches.start, position.window[1][0, 2] = 0, torch.inf
@@ -487,7 +487,7 @@ def test_weights_that_are_not_finite_are_told_with_the_latest_batch(dataset):
     with pytest.raises(
         FloatingPointError, match="the loss is no longer finite at .*, step 1,"
     ) as e:
-        train.check_finite(position, loader, optimizer)
+        train.check_finite(position, 3, loader, optimizer)
     assert "layer3 inf, layer4 2.000e+00; images: " + " ".join(files) + ";" in str(e.value)
 
 
