@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 from dataclasses import asdict, replace
@@ -5,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHS, SIZE_FLAGS, figures_of, run
+from conftest import ARCHS, SIZE_FLAGS, SIZES, figures_of, run
+from torch.overrides import TorchFunctionMode
 
 import data
 import models
@@ -489,6 +491,48 @@ def test_weights_that_are_not_finite_are_told_with_the_latest_batch(dataset):
     ) as e:
         train.check_finite(position, 3, loader, optimizer)
     assert "layer3 inf, layer4 2.000e+00; images: " + " ".join(files) + ";" in str(e.value)
+
+
+class CopiesThatWait(TorchFunctionMode):
+    """Notes what is copied to the meta device so that the host would wait, were it a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result, to = func(*args, **(kwargs or {})), torch.Tensor.to
+        if func in (to, torch.Tensor.copy_, torch.as_tensor, torch.tensor) and result.is_meta:
+            source = args[1] if func is torch.Tensor.copy_ else args[0]
+            on_host = not isinstance(source, torch.Tensor) or not source.is_meta
+            if on_host and not (kwargs or {}).get("non_blocking"):
+                self.found.append(func)
+        return result
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_between_log_lines_the_host_never_waits_for_the_device(placed, dataset, monkeypatch):
+    """On the meta device, which has no values: whatever reads one raises there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not on meta
+    index, folder = data.load_split(dataset, "train")
+    batches = data.GroupedBatches(index, 3, 0, 1)
+    loader = data.train_loader(data.CocoImages(index, folder), batches, 0, False)
+    experiment = replace(train.MASKRCNN, images_per_step=6, **SIZES)
+    teacher = models.build_detector("maskrcnn", **SIZES)
+    student = models.build_student(teacher)
+    for detector in (teacher, student):
+        models.place(detector, torch.device("meta")) if placed else detector.to("meta")
+    distiller = models.Distiller(teacher, student)
+    trained = [p for p in distiller.student_stem.parameters() if p.requires_grad]
+    optimizer, steps = torch.optim.Adam(trained), []
+    common = (experiment, distiller, teacher.transform, loader, optimizer, train.Position(0), False)
+    with CopiesThatWait() as copies, pytest.raises(RuntimeError, match="meta"):
+        train.train_epoch(*common, 3, None, lambda: steps.append(len(copies.found)))
+    assert len(steps) == 2  # the third, which is to be reported, waits
+    if placed:
+        assert copies.found == []
+    else:  # torchvision copies its constants for each image
+        assert set(copies.found) == {torch.as_tensor} and steps == [2 * 6, 4 * 6]
 
 
 def test_a_restored_optimizer_does_not_reach_into_the_start_of_the_epoch(teachers, tmp_path):
