@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE_FLAGS, SIZES, figures_of, run
+from conftest import SIZE_FLAGS, SIZES, changed, figures_of, run
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -127,6 +127,33 @@ def test_figures_are_those_of_plain_pycocotools(dataset, tmp_path, kind):
     annotation_file = dataset / "annotations" / "instances_val2017.json"
     assert figures == plain_figures(annotation_file, tmp_path / "results.json", kind)
     assert 0.1 < figures[0] < 0.9 and len(figures) == len(evaluate.FIGURES) == 12
+
+
+def test_categories_shared_out_give_the_very_same_figures(own_dataset, tmp_path, monkeypatch):
+    """Their order counts: it decides how the means over 80 of them are rounded."""
+    annotation_file = own_dataset / "annotations" / "instances_val2017.json"
+
+    def spread(content):
+        content["categories"] = [{"id": i, "name": str(i)} for i in range(80, 0, -1)]
+        for i, annotation in enumerate(content["annotations"] * 3):
+            content["annotations"] += [annotation | {"id": i + 1000, "category_id": 1 + i % 80}]
+
+    changed(annotation_file, spread)
+    val = evaluate.ValSet(own_dataset)
+    results = random_results(val.coco, "bbox")
+    (tmp_path / "results.json").write_text(json.dumps(evaluate.of_kind(results, "bbox")))
+    common = (val.coco, results, val.index.ids.tolist(), "bbox")
+    gathered = [[], [], []]
+    monkeypatch.setattr("distributed.world_size", lambda: len(gathered))
+    for rank, mine in enumerate(gathered):
+        monkeypatch.setattr("distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("distributed.gather", lambda v, mine=mine: mine.append(v) or [v])
+        evaluate.coco_figures(*common)
+    assert [share.shape[2] for share, _ in gathered] == [27, 27, 26]
+    monkeypatch.setattr("distributed.gather", lambda value: [mine.pop(0) for mine in gathered])
+    figures = evaluate.coco_figures(*common)
+    assert figures == plain_figures(annotation_file, tmp_path / "results.json", "bbox")
+    assert 0.05 < figures[0] < 0.9
 
 
 def test_limit_counts_the_first_images_only(dataset):

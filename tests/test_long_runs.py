@@ -276,6 +276,18 @@ def test_a_full_disk(flags, whole, tmp_path):
     assert loadable(out) == [out / LAST, out / BEST]
 
 
+def test_a_signal_is_not_told_as_saved_on_a_full_disk(flags, tmp_path):
+    """The process that has nothing to write must not be the first to tell how it went."""
+    flags = [*flags, *MORE_STEPS, "--output-dir", tmp_path, "--log-every", "1"]
+    process = Run(flags, tmp_path / "log", limit=2**20)
+    wait_for(lambda: (tmp_path / METRICS).exists() and (tmp_path / METRICS).read_text())
+    os.kill(process.processes[1].pid, signal.SIGTERM)
+    assert process.wait() == [1, 1]
+    told = process.log.read_text()
+    assert told.count(f"train.py: error: {tmp_path / LAST} cannot be written: ") == 1, told
+    assert "stopped by" not in told and not (tmp_path / LAST).exists()
+
+
 def test_a_stopped_evaluation(dataset, checkpoints):
     command = [sys.executable, ROOT / "evaluate.py", "--ckpt", checkpoints["fasterrcnn"]]
     command += ["--data-dir", dataset, *SIZE_FLAGS]
