@@ -13,6 +13,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def read_json(annotation_file: Path) -> dict[str, Any]:
     return content
 
 
+@contextlib.contextmanager
+def entries_of(annotation_file: Path) -> Iterator[None]:
+    """Raise ValueError, naming the file, where an entry is not as the block takes it to be."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{annotation_file} is not a COCO instances file: an entry lacks a proper "
+                         f"field ({type(error).__name__}: {error})") from error
+
+
 def parse_annotations(annotation_file: Path) -> CocoIndex:
     """Read a COCO instances file and keep what CocoIndex holds.
 
@@ -102,7 +113,7 @@ def parse_annotations(annotation_file: Path) -> CocoIndex:
     width or a height of at most 1 pixel (torchvision references, _has_valid_annotation).
     """
     content = read_json(annotation_file)
-    try:
+    with entries_of(annotation_file):
         usable = {a["image_id"] for a in content["annotations"] if min(a["bbox"][2:]) > 1}
         images = {image["id"]: image for image in content["images"]}  # of two with one id, the last
         images = [images[i] for i in sorted(images)]
@@ -113,9 +124,21 @@ def parse_annotations(annotation_file: Path) -> CocoIndex:
             heights=np.array([image["height"] for image in images], dtype=np.int64),
             usable=np.array([image["id"] in usable for image in images], dtype=bool),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{annotation_file} is not a COCO instances file: an image or annotation "
-                         f"lacks a proper field ({type(error).__name__}: {error})") from error
+
+
+def read_val_annotations(annotation_file: Path) -> dict[str, Any]:
+    """Read a COCO instances file for COCOeval, which needs more of it than training does.
+
+    Raises ValueError, naming the file, where an entry lacks a field.
+    """
+    content = read_json(annotation_file)
+    fields = itemgetter("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+    with entries_of(annotation_file):
+        for annotation in content["annotations"]:
+            fields(annotation)
+        for category in content["categories"]:
+            category["id"]
+    return content
 
 
 def load_split(data_dir: Path, split: str, limit: int | None = None) -> tuple[CocoIndex, Path]:
@@ -330,8 +353,11 @@ class Problems(Dataset):
 
 def check_split(data_dir: Path, split: str, workers: int) -> int:
     """Read every image that "train" or "val" names, log what is wrong, return how many are."""
+    annotation_file = data_dir / "annotations" / f"instances_{split}2017.json"
     try:
-        index = load_index(data_dir / "annotations" / f"instances_{split}2017.json")
+        index = load_index(annotation_file)
+        if split == "val":
+            read_val_annotations(annotation_file)
     except (OSError, ValueError) as error:
         log(str(error))
         return 1

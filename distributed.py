@@ -49,16 +49,17 @@ def session() -> Iterator[None]:
     logger.setLevel(logging.INFO if is_main() else logging.CRITICAL)
     logger.addHandler(logging.StreamHandler(sys.stdout))
     logging.raiseExceptions = False  # lest a full disk's log bury its one message
+    global _store, _advice, _signal, _deferred
+    _store, _advice, _signal, _deferred = None, "", 0, True
     for number in SIGNALS:
         signal.signal(number, _on_signal)
-    global _store, _advice, _signal, _deferred
-    _store, _advice, _signal, _deferred = None, "", 0, False
     status = 0
     try:
-        if world_size() > 1:
-            store, *_ = next(dist.rendezvous("env://"))
-            # torchrun's store outlives a restart, with the dead processes' addresses in it
-            _store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        with signals_deferred():  # till the store is there, which knows if another has failed
+            if world_size() > 1:
+                store, *_ = next(dist.rendezvous("env://"))
+                # torchrun's store outlives a restart, with the dead processes' addresses in it
+                _store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         yield
         if _signal:  # raised where Python swallows it, as in a destructor
             raise Interrupted(_signal)

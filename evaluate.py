@@ -48,16 +48,10 @@ class ValSet:
         self.index, folder = data.load_split(data_dir, "val", limit)
         self.images = data.CocoImages(self.index, folder)
         self.coco = COCO()
-        annotation_file = data_dir / "annotations" / "instances_val2017.json"
-        self.coco.dataset = data.read_json(annotation_file)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.coco.createIndex()
-                for annotation in self.coco.dataset["annotations"]:
-                    annotation["area"], annotation["iscrowd"], annotation["segmentation"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{annotation_file} is not a COCO instances file: an entry lacks a "
-                             f"proper field ({type(error).__name__}: {error})") from error
+        self.coco.dataset = data.read_val_annotations(
+            data_dir / "annotations" / "instances_val2017.json")
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.coco.createIndex()
 
 
 def encode_masks(masks: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:

@@ -65,6 +65,17 @@ with distributed.session():
     raise ValueError("the reason")
 """
 
+SLOW_TO_JOIN = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+import distributed
+rendezvous = dist.rendezvous
+dist.rendezvous = lambda url: time.sleep(3 * distributed.rank()) or rendezvous(url)
+with distributed.session():
+    raise ValueError("the reason")
+"""
+
 
 @pytest.mark.parametrize("nproc", [None, 2, 3])
 def test_collectives(nproc, tmp_path):
@@ -106,6 +117,14 @@ def test_without_torchrun_the_one_with_the_store_may_leave_first(late, tmp_path)
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert sorted(errors) == ["", "script.py: error: the reason\n"]
     assert [process.returncode for process in processes] == [1, 1]
+
+
+def test_a_process_that_torchrun_stops_while_it_starts_has_nothing_to_tell(tmp_path):
+    (tmp_path / "script.py").write_text(SLOW_TO_JOIN)
+    process = run(tmp_path / "script.py", Path(distributed.__file__).parent, nproc=2, timeout=60)
+    assert "closing signal SIGTERM" in process.stderr
+    assert process.stderr.count("script.py: error: ") == 1, process.stderr
+    assert "script.py: error: the reason\n" in process.stderr
 
 
 def test_device_is_chosen(monkeypatch):

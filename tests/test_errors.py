@@ -149,6 +149,7 @@ def test_broken_annotation_files(call, flags, own_dataset, split):
     )
     path.write_text(whole)
     changed(path, lambda content: content["annotations"][0].pop("area"))
+    assert data.check_split(own_dataset, split, 0) == (split == "val")  # training needs no areas
     if split == "val":
         assert_told(call(train, *flags, "--data-dir", own_dataset), 1, path, "KeyError: 'area'")
 
