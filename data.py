@@ -69,7 +69,8 @@ def _load_index(annotation_file: Path) -> CocoIndex:
     user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ghnd"
     caches = [annotation_file.with_suffix(".index.npz"), user_cache / f"{name}.npz"]
     for cache in caches:
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with contextlib.suppress(  # whatever a damaged zip file raises
+                OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
             with np.load(cache, allow_pickle=False) as stored:
                 if np.array_equal(stored["fingerprint"], fingerprint):
                     return CocoIndex(**{key: stored[key] for key in CocoIndex.__annotations__})
@@ -161,7 +162,7 @@ def load_split(data_dir: Path, split: str, limit: int | None = None) -> tuple[Co
                    if name not in present and not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(
-                f"image {folder / missing[0]} is missing, as are {len(missing) - 1} others that "
+                f"image {folder / missing[0]} is missing, the first of {len(missing)} that "
                 f"{annotation_file.name} names")
     return index, folder
 
@@ -380,14 +381,19 @@ def check_split(data_dir: Path, split: str, workers: int) -> int:
     return wrong
 
 
+def path(text: str) -> Path:
+    """Parse a path, for argparse; in --flag=~/x, bash leaves the ~ as it is."""
+    return Path(text).expanduser()
+
+
 def main() -> None:
     parser = distributed.Parser(description="Check a folder in COCO's layout.")
-    parser.add_argument("data_dir", type=Path, metavar="DIR",
+    parser.add_argument("data_dir", type=path, metavar="DIR",
                         help="with train2017/, val2017/ and annotations/")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
                         help="processes that read images, 0 for none (%(default)s)")
     args = parser.parse_args()
-    wrong = sum(check_split(args.data_dir.expanduser(), split, args.workers)
+    wrong = sum(check_split(args.data_dir, split, args.workers)
                 for split in ("train", "val"))
     if wrong:
         raise ValueError(f"{wrong} problems, listed above")

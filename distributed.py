@@ -22,7 +22,8 @@ logger = logging.getLogger("ghnd")
 log = logger.info
 USER_ERRORS = (OSError, ValueError, FloatingPointError)  # told without a traceback
 PEER_DIED = ("by peer", "Broken pipe", "remote process exited")  # as gloo and nccl say it
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what clusters send
+# Ctrl-C, what clusters send, and what the end of a terminal's connection sends
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def rank() -> int:
@@ -52,7 +53,8 @@ def session() -> Iterator[None]:
     global _store, _advice, _signal, _deferred
     _store, _advice, _signal, _deferred = None, "", 0, True
     for number in SIGNALS:
-        signal.signal(number, _on_signal)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, _on_signal)
     status = 0
     try:
         with signals_deferred():  # till the store is there, which knows if another has failed
@@ -79,6 +81,8 @@ def session() -> Iterator[None]:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would miss its workers
     for worker in multiprocessing.active_children():
         worker.kill()
+    with contextlib.suppress(OSError, ValueError):  # a full disk, a closed file
+        sys.stdout.flush()
     os._exit(status)
 
 
@@ -98,6 +102,7 @@ def _report_once(error: BaseException) -> int:
         with _c10d_muted():
             if _store is not None and _store.add("failed", 1) > 1:
                 _store.wait(["told"], timedelta(seconds=10))  # or torchrun would stop the teller
+                logger.debug("%s", _store.get("told").decode())  # for the main process's log file
                 return status
     except RuntimeError:  # the store went down with its host, or nobody told in time
         return status
@@ -106,7 +111,7 @@ def _report_once(error: BaseException) -> int:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(RuntimeError), _c10d_muted():
         if _store is not None:
-            _store.set("told", "yes")
+            _store.set("told", message)
     return status
 
 
@@ -215,7 +220,7 @@ def start(device: str = "auto") -> torch.device:
 
 
 def log_to(path: Path) -> None:
-    """Also append what is logged, and the traceback of an error, to a file."""
+    """Also append what is logged, and what ends the run, to a file."""
     if is_main():
         logger.setLevel(logging.DEBUG)
         logger.handlers[0].setLevel(logging.INFO)

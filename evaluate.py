@@ -195,9 +195,9 @@ def table(figures: dict[str, Figures], arch: str) -> str:
 
 def add_common_flags(parser: distributed.Parser) -> None:
     """Add the flags that train.py and evaluate.py share."""
-    parser.add_argument("--data-dir", type=Path, default=Path("~/datasets/coco2017"), metavar="DIR",
+    parser.add_argument("--data-dir", type=data.path, default="~/datasets/coco2017", metavar="DIR",
                         help="train2017/, val2017/ and annotations/ as COCO has them (%(default)s)")
-    parser.add_argument("--teacher-ckpt", type=Path, metavar="FILE",
+    parser.add_argument("--teacher-ckpt", type=data.path, metavar="FILE",
                         help="the teacher, a torchvision state dict (default: download COCO_V1)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
     parser.add_argument("--workers", type=natural, default=min(4, os.cpu_count() or 1), metavar="N",
@@ -226,9 +226,10 @@ def positive(text: str) -> int:
 
 def main() -> None:
     parser = distributed.Parser(description="COCO figures of a GHND student, by pycocotools.")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="ours or torchdistill's")
+    parser.add_argument("--ckpt", type=data.path, required=True, metavar="FILE",
+                        help="ours or torchdistill's")
     parser.add_argument("--teacher", action="store_true", help="evaluate the teacher too")
-    parser.add_argument("--save-detections", type=Path, metavar="FILE",
+    parser.add_argument("--save-detections", type=data.path, metavar="FILE",
                         help="write the student's results, in COCO's format, to this .json file")
     add_common_flags(parser)
     args = parser.parse_args()
@@ -242,7 +243,7 @@ def main() -> None:
         detectors = {"teacher": teacher, **detectors}
     if args.save_detections:
         args.save_detections.open("a").close()  # better to fail now than after an hour
-    val = ValSet(args.data_dir.expanduser(), args.limit_val)
+    val = ValSet(args.data_dir, args.limit_val)
     log(f"{args.ckpt}: {arch}; {len(val.index)} images, {distributed.world_size()} x {device.type}")
     figures = {}
     for who, detector in detectors.items():

@@ -69,7 +69,7 @@ def load_teacher(
     else:
         state = detector_state(load_checkpoint(path), path)
         if any(".layer1.encoder." in key for key in state) or architecture(state) != arch:
-            raise ValueError(f"{path} does not hold a teacher for --arch {arch}, which is "
+            raise ValueError(f"{path} does not hold the teacher of a {arch}, which is "
                              f"torchvision's {arch}_resnet50_fpn")
     load_weights(teacher, state, path or COCO_V1[arch].url)
     return teacher

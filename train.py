@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import copy
+import fcntl
 import json
 import math
 import os
@@ -83,6 +84,7 @@ MASKRCNN = Experiment(
 EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
 DEMO_DIR = Path("demo")
 TRAINED = ("backbone.body.conv1.", "backbone.body.layer1.")  # keys of all that training changes
+FLAGS = ("epochs", "images_per_step", "min_size", "max_size", "seed")  # of an Experiment's fields
 
 
 def micro_batches(images_per_step: int, world_size: int) -> tuple[int, int]:
@@ -151,8 +153,8 @@ def train_epoch(
             images = [image.to(device, non_blocking=True) / 255 for image in images]
             batch = transform(images)[0].tensors  # (B, 3, H, W): normalised, resized, padded, once
             batch = batch.contiguous(memory_format=torch.channels_last)
-            alone = world_size == 1 or micro_step == accumulation
-            with contextlib.nullcontext() if alone else stem.no_sync():
+            syncs = world_size == 1 or micro_step == accumulation
+            with contextlib.nullcontext() if syncs else stem.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     student_maps, teacher_maps = distiller(batch)
                 loss, errors = losses.ghnd_loss(student_maps, teacher_maps)  # errors: (layers,)
@@ -224,7 +226,8 @@ def peak_memory_mib(device: torch.device) -> float:
 class Progress:
     """How far a run has come, in whole epochs; stored in its checkpoints."""
 
-    train_images: int         # how many images an epoch is drawn from
+    train_images: int         # how many images an epoch is drawn from, ...
+    val_images: int           # ... and how many the best one is chosen by
     epoch: int = -1           # the last one trained whole, counted from 0
     validated: bool = True    # and whether it has been validated
     mean_loss: float = math.nan    # of that epoch
@@ -262,7 +265,8 @@ class Files:
         """Check that the files can be written; return last.pt's content if there is one to resume.
 
         On the main process only: the others may not even see the folder.
-        Raises FileExistsError rather than let a run overwrite a checkpoint that it did not write.
+        Raises FileExistsError rather than let a run overwrite a checkpoint that it did not write,
+        or what another run is writing.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -271,17 +275,32 @@ class Files:
         except OSError as error:
             folder = self.folder.parent
             raise OSError(f"--output-dir {folder} cannot be written: {error}") from error
+        self.lock = (self.folder / "train.log").open("a")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with this process
+        except (BlockingIOError, PermissionError) as error:
+            raise FileExistsError(f"{self.folder} is being written by another run; wait for its "
+                                  "end or name another folder by --output-dir") from error
+        except OSError:  # a file system without locks
+            pass
         for path in (self.last, self.best, self.metrics):
             distributed.remove_leftovers(path)
         last = None
         if resume and self.last.exists():
             last = interned(models.load_checkpoint(self.last))
         for path in (self.last, self.best) if last is None else (self.best,):
-            if path.exists() and not overwrite and (
+            if path.exists() and (
                     last is None or recipe(models.load_checkpoint(path)) != recipe(last)):
-                raise FileExistsError(
-                    f"{path} exists and this run did not write it; --resume continues a run from "
-                    "its last.pt, --output-dir names another folder, --overwrite replaces the file")
+                if not overwrite:
+                    raise FileExistsError(
+                        f"{path} exists and this run did not write it; --resume continues a run "
+                        "from its last.pt, --output-dir names another folder, --overwrite replaces "
+                        "the file")
+                if last is not None:
+                    path.unlink()  # lest it be tested as this run's
+        if last is not None and not self.best.exists():
+            with contextlib.suppress(KeyError, TypeError):  # told by check_resumable
+                last["progress"]["best_value"] = -math.inf
         return last
 
     def report(self, **values: Any) -> None:
@@ -325,12 +344,13 @@ def recipe(content: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_resumable(
-    last: dict[str, Any], path: Path, experiment: Experiment, train_images: int, student: nn.Module
+    last: dict[str, Any], path: Path, experiment: Experiment, progress: Progress, student: nn.Module
 ) -> None:
     """Raise ValueError unless last.pt is of this experiment, teacher and number of images."""
-    now = recipe({"config": asdict(experiment)}) | {"images": train_images}
+    counts = ("train_images", "val_images")
+    now = recipe({"config": asdict(experiment)}) | {n: getattr(progress, n) for n in counts}
     try:
-        before = recipe(last) | {"images": last["progress"]["train_images"]}
+        before = recipe(last) | {n: last["progress"][n] for n in counts}
         changed = [f"{key} {before[key]}, not {now[key]}" for key in now if before[key] != now[key]]
         if changed:
             raise ValueError(f"{path} belongs to another experiment, with {', '.join(changed)}; "
@@ -386,8 +406,9 @@ def validate(
     log(f"epoch {progress.epoch}: mean loss {progress.mean_loss:.4e}, "
         + ", ".join(f"{kind} mAP {values[0]:.4f}" for kind, values in figures.items())
         + (", the best so far" if best else f", best so far {progress.best_value:.4f}"))
-    full_recipe = replace(experiment, seed=0) == EXPERIMENTS[experiment.arch]
-    if full_recipe and not args.limit_train and not args.limit_val:
+    full_recipe = replace(experiment, seed=0) == replace(EXPERIMENTS[experiment.arch], seed=0)
+    if (full_recipe and not args.limit_train and not args.limit_val
+            and progress.epoch < len(experiment.published_loss)):
         loss = experiment.published_loss[progress.epoch]
         published = experiment.published_box_map[progress.epoch]
         log(f"    published: mean loss {loss:.4e} (of the first 9,001 steps), bbox mAP "
@@ -404,7 +425,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--demo", action="store_true",
                         help=f"a small run on drawn images and a random teacher, below {DEMO_DIR}/")
     evaluate.add_common_flags(parser)
-    parser.add_argument("--output-dir", type=Path, default=Path("coco/ghnd"), metavar="DIR",
+    parser.add_argument("--output-dir", type=data.path, default=Path("coco/ghnd"), metavar="DIR",
                         help="for the best checkpoint; below it, last.pt and logs (%(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help="continue from last.pt, if there is one")
@@ -414,20 +435,23 @@ def parse_args() -> argparse.Namespace:
                         help="replace checkpoints of other runs")
     parser.add_argument("--amp", choices=["bf16"],
                         help="run the networks in bfloat16, the loss in float32")
-    parser.add_argument("--seed", type=evaluate.natural, default=0, metavar="N")
-    parser.add_argument("--epochs", type=evaluate.positive, default=20, metavar="N")
-    parser.add_argument("--images-per-step", type=evaluate.positive, default=12, metavar="N",
-                        help="over all processes together (%(default)s)")
+    parser.add_argument("--seed", type=evaluate.natural, metavar="N",
+                        help="instead of the experiment's, as the next two")
+    parser.add_argument("--epochs", type=evaluate.positive, metavar="N")
+    parser.add_argument("--images-per-step", type=evaluate.positive, metavar="N",
+                        help="over all processes together")
     parser.add_argument("--limit-train", type=evaluate.positive, metavar="N",
                         help="only the first N images of train2017")
     parser.add_argument("--log-every", type=evaluate.positive, default=100, metavar="STEPS")
-    if parser.parse_known_args()[0].demo:
+    known = parser.parse_known_args()[0]
+    experiment = EXPERIMENTS[known.arch or "fasterrcnn"]
+    parser.set_defaults(**{flag: getattr(experiment, flag) for flag in FLAGS})
+    if known.demo:
         parser.set_defaults(arch="fasterrcnn", data_dir=DEMO_DIR / "coco", output_dir=DEMO_DIR,
                             min_size=128, max_size=224, epochs=5, log_every=1, workers=1)
     args = parser.parse_args()
     if args.arch is None:
         parser.error("--arch fasterrcnn or --arch maskrcnn is needed")
-    args.data_dir = args.data_dir.expanduser()
     if args.demo:
         args.overwrite |= args.output_dir == DEMO_DIR  # which is made for being overwritten
     return args
@@ -483,9 +507,7 @@ def command_to_continue() -> str:
 def main() -> None:
     args = parse_args()
     args.device = device = distributed.start(args.device)
-    experiment = replace(
-        EXPERIMENTS[args.arch], epochs=args.epochs, images_per_step=args.images_per_step,
-        min_size=args.min_size, max_size=args.max_size, seed=args.seed)
+    experiment = replace(EXPERIMENTS[args.arch], **{flag: getattr(args, flag) for flag in FLAGS})
     micro_batch, accumulation = micro_batches(experiment.images_per_step, distributed.world_size())
     files = Files(args.output_dir, args.arch)
     last = files.claim(args.resume, args.overwrite) if distributed.is_main() else None
@@ -519,15 +541,16 @@ def main() -> None:
     scheduler = build_scheduler(optimizer, experiment)
 
     # what an earlier run has reached, for --resume
-    progress, position, epoch_start = Progress(train_images=len(index)), Position(epoch=0), None
+    progress, position, epoch_start = Progress(len(index), len(val.index)), Position(0), None
     if last is not None:
-        check_resumable(last, files.last, experiment, len(index), student)
+        check_resumable(last, files.last, experiment, progress, student)
         progress, position, epoch_start = restore(
             last, files.last, student, optimizer, scheduler)
         log(f"resuming at epoch {position.epoch} after step {position.step}, "
             f"best box mAP so far {progress.best_value:.4f}")
     if distributed.is_main():
         files.trim_metrics(progress, position) if last else files.start_afresh()
+    del last  # its weights
     distributed.advise(f"; it can be continued with\n    {command_to_continue()}")
     if distributed.world_size() > 1:
         distiller.student_stem = DistributedDataParallel(

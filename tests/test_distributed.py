@@ -50,6 +50,7 @@ import torch
 import distributed
 with distributed.session():
     distributed.start("cpu")
+    distributed.log_to(sys.argv[2])
     if distributed.rank() == 1:
         raise {error}
     distributed.total(torch.zeros(1))  # waits for rank 1, in vain
@@ -61,6 +62,7 @@ sys.path.insert(0, sys.argv[1])
 import distributed
 with distributed.session():
     distributed.start("cpu")
+    print("before")
     time.sleep(distributed.rank() == int(sys.argv[2]))
     raise ValueError("the reason")
 """
@@ -94,8 +96,10 @@ def test_collectives(nproc, tmp_path):
 )
 def test_a_process_that_fails_ends_the_others_with_its_reason_told_once(error, traceback, tmp_path):
     (tmp_path / "script.py").write_text(FAILURE.replace("{error}", error))
-    process = run(tmp_path / "script.py", Path(distributed.__file__).parent, nproc=3, timeout=60)
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    process = run(script, Path(distributed.__file__).parent, log, nproc=3, timeout=60)
     assert process.returncode != 0
+    assert "the reason" in log.read_text()  # the main process's, who was told
     assert (
         process.stderr.count("script.py: error: ") == 1 and process.stderr.count("the reason") >= 1
     )
@@ -110,11 +114,16 @@ def test_without_torchrun_the_one_with_the_store_may_leave_first(late, tmp_path)
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
         subprocess.Popen(
-            command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+            command,
+            env=env | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONUNBUFFERED": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in ("0", "1")
     ]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    outputs, errors = zip(*(process.communicate(timeout=60) for process in processes))
+    assert outputs == ("before\n", "before\n")
     assert sorted(errors) == ["", "script.py: error: the reason\n"]
     assert [process.returncode for process in processes] == [1, 1]
 
@@ -153,6 +162,17 @@ def test_a_signal_that_was_swallowed_is_remembered_and_a_second_one_strikes(sess
                 seen.append(error.number)
     assert seen == [signal.SIGTERM, signal.SIGINT] and exit.value.code == 143
     assert capsys.readouterr().err.endswith(": error: stopped by SIGTERM\n")
+
+
+def test_the_end_of_a_terminal_is_a_signal_too_unless_nohup_says_so(sessions_here):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with distributed.session():
+        os.kill(os.getpid(), signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with pytest.raises(SystemExit) as exit, distributed.session():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(1)
+    assert exit.value.code == 129
 
 
 def test_user_errors_become_one_line_and_a_status(sessions_here, capsys):

@@ -310,7 +310,8 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     assert_told(call(train, *flags, "--resume", "--epochs", "2"), 1, best)
     best.unlink()
     assert_told(call(train, *flags, "--resume", "--seed", "3"), 1, "last.pt", "seed 0, not 3")
-    assert_told(call(train, *flags, "--resume", "--limit-train", "13"), 1, "images 12, not 13")
+    assert_told(call(train, *flags, "--resume", "--limit-train", "13"), 1, "n_images 12, not 13")
+    assert_told(call(train, *flags, "--resume", "--limit-val", "3"), 1, "val_images 2, not 3")
     state = torch.load(flags[flags.index("--teacher-ckpt") + 1])
     state["rpn.head.cls_logits.bias"] += 1
     torch.save(state, tmp_path / "other.pt")
@@ -325,6 +326,19 @@ def test_no_checkpoint_of_another_run_is_overwritten(call, flags, tmp_path):
     assert_told(call(train, *flags, "--resume"), 1, "last.pt was refused")
     torch.save({"some": "thing"}, out / "fasterrcnn" / "last.pt")
     assert_told(call(train, *flags, "--resume"), 1, "last.pt was not written by this train.py")
+
+
+def test_a_resumed_run_ends_with_a_checkpoint_of_its_own(call, flags, tmp_path):
+    best = tmp_path / "out" / BEST.format("fasterrcnn")
+    last = tmp_path / "out" / "fasterrcnn" / "last.pt"
+    assert call(train, *flags)[0] == 0
+    torch.save({"model": {}, "config": {}}, best)  # as if unpacked over it
+    content = torch.load(last, weights_only=True)
+    content["progress"]["best_value"] = 1.0  # never to be beaten
+    torch.save(content, last)
+    assert call(train, *flags, "--resume", "--overwrite", "--epochs", "2")[0] == 0
+    written = torch.load(best, weights_only=True)
+    assert written["progress"]["epoch"] == 1 and 0 <= written["best_value"] < 1
 
 
 def test_a_last_checkpoint_that_cannot_be_resumed(call, flags, tmp_path):

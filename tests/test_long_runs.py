@@ -204,6 +204,19 @@ def test_another_number_of_processes_starts_the_epoch_again(flags, whole, tmp_pa
     assert_same_run(tmp_path, whole(2, *MORE_STEPS))
 
 
+def test_two_runs_never_write_to_one_folder(flags, tmp_path):
+    flags = [*flags, *MORE_STEPS, "--output-dir", tmp_path, "--epochs", "1000"]
+    process = Run(flags, tmp_path / "log", 1)
+    wait_for(lambda: (tmp_path / METRICS).exists() and (tmp_path / METRICS).read_text())
+    second = run("train.py", *flags, "--resume", "--overwrite")
+    assert second.returncode == 1 and second.stderr == (
+        f"train.py: error: {tmp_path / 'fasterrcnn'} is being written by another run; wait for its "
+        "end or name another folder by --output-dir\n"
+    )
+    os.kill(process.processes[0].pid, signal.SIGTERM)
+    assert process.wait() == [143] and loadable(tmp_path)
+
+
 DYING = """
 import os, sys
 from pathlib import Path

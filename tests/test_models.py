@@ -285,7 +285,7 @@ def test_wrong_detectors_are_refused(state, teachers, tmp_path):
     with pytest.raises(ValueError, match="teacher for --arch maskrcnn"):
         models.load_teacher("maskrcnn", teachers["fasterrcnn"])
     torch.save(state, tmp_path / "student.pt")
-    with pytest.raises(ValueError, match="does not hold a teacher"):
+    with pytest.raises(ValueError, match="does not hold the teacher"):
         models.load_teacher("fasterrcnn", tmp_path / "student.pt")
 
 

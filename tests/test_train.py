@@ -76,6 +76,15 @@ def test_experiments_are_the_published_ones(arch):
     assert steps == PUBLISHED[arch]["iterations_per_epoch"]
 
 
+def test_an_edited_experiment_is_what_is_trained(monkeypatch):
+    edited = replace(train.MASKRCNN, epochs=30, images_per_step=24, min_size=600, seed=7)
+    monkeypatch.setitem(train.EXPERIMENTS, "maskrcnn", edited)
+    monkeypatch.setattr("sys.argv", ["train.py", "--arch", "maskrcnn", "--max-size", "999"])
+    args = train.parse_args()
+    settings = {flag: getattr(args, flag) for flag in train.FLAGS}
+    assert replace(edited, **settings) == replace(edited, max_size=999)
+
+
 @pytest.mark.parametrize(
     "world_size, expected",
     [(1, (4, 3)), (2, (3, 2)), (3, (4, 1)), (4, (3, 1)), (6, (2, 1)), (12, (1, 1))],
@@ -411,13 +420,15 @@ def test_learning_rate_follows_the_published_log(dataset, teachers, tmp_path):
 def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(caplog, monkeypatch):
     monkeypatch.setattr(train.evaluate, "evaluate", lambda *_: {"bbox": [0.35] * 12})
     args = train.argparse.Namespace(device=None, workers=0, limit_train=None, limit_val=None)
-    for experiment, expected in (
-        (train.FASTERRCNN, True),
-        (replace(train.FASTERRCNN, seed=7), True),
-        (replace(train.FASTERRCNN, min_size=600), False),
+    for experiment, epoch, expected in (
+        (train.FASTERRCNN, 1, True),
+        (replace(train.FASTERRCNN, seed=7), 1, True),
+        (replace(train.FASTERRCNN, min_size=600), 1, False),
+        (replace(train.FASTERRCNN, epochs=30), 1, False),
+        (train.FASTERRCNN, 20, False),  # of an experiment that was made longer
     ):
         caplog.clear()
-        progress = train.Progress(train_images=117_266, epoch=1, mean_loss=2e6)
+        progress = train.Progress(117_266, 5_000, epoch, mean_loss=2e6)
         with caplog.at_level("INFO", "ghnd"):
             assert train.validate(None, None, args, experiment, progress, lambda **_: None)
         assert ("1.1740e+06" in caplog.text and "0.3545" in caplog.text) == expected
@@ -552,7 +563,7 @@ def test_a_restored_optimizer_does_not_reach_into_the_start_of_the_epoch(teacher
     start = copy.deepcopy(start | {"model": {k: model[k] for k in model if "layer1" in k}})
     last = start | {
         "model": model,
-        "progress": asdict(train.Progress(12, epoch=0)),
+        "progress": asdict(train.Progress(12, 2, epoch=0)),
         "position": {"epoch": 1, "window": [[], []]},  # of two processes
         "epoch_start": copy.deepcopy(start),
     }
