@@ -25,7 +25,7 @@ SIZES = {"min_size": 96, "max_size": 160}
 SIZE_FLAGS = ["--min-size", "96", "--max-size", "160", "--device", "cpu", "--workers", "1"]
 
 
-def run(script, *flags, nproc=None, cwd=None, env=None, timeout=240):
+def run(script, *flags, nproc=None, cwd=None, env=None, timeout=900):
     """Run a script, under torchrun with nproc processes if given; returns the CompletedProcess."""
     launcher = [sys.executable]
     if nproc:
