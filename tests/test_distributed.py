@@ -97,7 +97,7 @@ def test_collectives(nproc, tmp_path):
 def test_a_process_that_fails_ends_the_others_with_its_reason_told_once(error, traceback, tmp_path):
     (tmp_path / "script.py").write_text(FAILURE.replace("{error}", error))
     script, log = tmp_path / "script.py", tmp_path / "log"
-    process = run(script, Path(distributed.__file__).parent, log, nproc=3, timeout=60)
+    process = run(script, Path(distributed.__file__).parent, log, nproc=3, timeout=120)
     assert process.returncode != 0
     assert "the reason" in log.read_text()  # the main process's, who was told
     assert (
@@ -122,7 +122,7 @@ def test_without_torchrun_the_one_with_the_store_may_leave_first(late, tmp_path)
         )
         for rank in ("0", "1")
     ]
-    outputs, errors = zip(*(process.communicate(timeout=60) for process in processes))
+    outputs, errors = zip(*(process.communicate(timeout=120) for process in processes))
     assert outputs == ("before\n", "before\n")
     assert sorted(errors) == ["", "script.py: error: the reason\n"]
     assert [process.returncode for process in processes] == [1, 1]
@@ -130,7 +130,7 @@ def test_without_torchrun_the_one_with_the_store_may_leave_first(late, tmp_path)
 
 def test_a_process_that_torchrun_stops_while_it_starts_has_nothing_to_tell(tmp_path):
     (tmp_path / "script.py").write_text(SLOW_TO_JOIN)
-    process = run(tmp_path / "script.py", Path(distributed.__file__).parent, nproc=2, timeout=60)
+    process = run(tmp_path / "script.py", Path(distributed.__file__).parent, nproc=2, timeout=120)
     assert "closing signal SIGTERM" in process.stderr
     assert process.stderr.count("script.py: error: ") == 1, process.stderr
     assert "script.py: error: the reason\n" in process.stderr

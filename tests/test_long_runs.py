@@ -63,7 +63,7 @@ class Run:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """Wait for the end of all; returns their exit statuses."""
         for process in self.processes:
             process.join(timeout)
@@ -79,7 +79,7 @@ class Run:
         self.wait()
 
 
-def wait_for(condition, timeout=60):
+def wait_for(condition, timeout=120):
     begin = time.monotonic()
     while not condition():
         assert time.monotonic() - begin < timeout
@@ -163,7 +163,7 @@ def test_sigterm_under_torchrun(flags, whole, tmp_path):
     wait_for(lambda: (tmp_path / METRICS).exists() and (tmp_path / METRICS).read_text())
     begin = time.monotonic()
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert time.monotonic() - begin < 30 and process.returncode != 0
     assert errors.count("train.py: error: stopped by SIGTERM; it can be continued with\n") == 1
     assert "    torchrun --nproc_per_node=3 " in errors and " --epochs 1000 --resume\n" in errors
@@ -250,7 +250,7 @@ def test_a_process_that_dies(restarts, times, flags, whole, tmp_path):
         *("--save-every-minutes", "0"),
     ]
     begin = time.monotonic()
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (tmp_path / "died").read_text() == "x" * times
     assert "train.py" not in process.stderr  # as a traceback of ours would have it
     assert process.stderr.count("error: another process died; what follows tells which") == times
@@ -307,7 +307,7 @@ def test_a_stopped_evaluation(dataset, checkpoints):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "11 images" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (143, "evaluate.py: error: stopped by SIGTERM\n")
 
 
