@@ -282,7 +282,7 @@ def test_wrong_detectors_are_refused(state, teachers, tmp_path):
             loads({**state, "backbone.body.layer1.encoder.7.weight": narrowest}, tmp_path)
     with pytest.raises(ValueError, match="no bottleneck"):
         models.load_student(teachers["fasterrcnn"])
-    with pytest.raises(ValueError, match="teacher for --arch maskrcnn"):
+    with pytest.raises(ValueError, match="teacher of a maskrcnn"):
         models.load_teacher("maskrcnn", teachers["fasterrcnn"])
     torch.save(state, tmp_path / "student.pt")
     with pytest.raises(ValueError, match="does not hold the teacher"):
