@@ -178,7 +178,8 @@ def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: in
     if save_to is not None and distributed.is_main():
         for kind in kinds:
             path = save_to if kind == "bbox" else save_to.with_suffix(".segm.json")
-            path.write_text(json.dumps(of_kind(results, kind)))
+            with distributed.replacing(path) as file:
+                file.write(json.dumps(of_kind(results, kind)).encode())
             log(f"{len(results)} {kind} results written to {path}")
     return {kind: coco_figures(val.coco, results, val.index.ids.tolist(), kind) for kind in kinds}
 
