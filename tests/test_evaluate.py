@@ -243,6 +243,7 @@ def run_evaluate(dataset, checkpoints, *flags, nproc=None):
         *SIZE_FLAGS,
         *flags,
         nproc=nproc,
+        env={"OMP_NUM_THREADS": "1"},  # as torchrun sets it: the number may change the last bits
     )
 
 
