@@ -1,4 +1,4 @@
-"""The head-matching loss of GHND (arXiv 2007.15818, Eq. 2) and a scale-free companion."""
+"""The head-matching loss of GHND (arXiv 2007.15818, Eq. 2) and its scale-free companion."""
 
 from collections.abc import Sequence
 
@@ -18,31 +18,28 @@ def squared_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
     if shapes[0] != shapes[1]:
         raise ValueError(f"student maps are {shapes[0]}, teacher maps {shapes[1]}")
     return torch.stack([
-        F.mse_loss(_wide(s), _wide(t), reduction="sum")
-        for s, t in zip(student, teacher, strict=True)
-    ])
+        F.mse_loss(widened(s), widened(t), reduction="sum") for s, t in zip(student, teacher)])
 
 
 def ghnd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Add up the squared feature differences of all distilled layers (arXiv 2007.15818, Eq. 2).
 
-    L = sum_j ||s_j - t_j||^2: sums, not means, with weight 1 for each layer, so L grows with
-    B * H * W (published runs, B = 4: from 6.5e7 down to 9.5e5). Arguments as squared_errors.
-    Returns the loss, a scalar, and its terms, (layers,), detached.
+    L = sum_j ||s_j - t_j||^2: sums, not means, so L grows with B * H * W (published, B = 4: 6.5e7
+    to 9.5e5). As squared_errors; returns the loss, a scalar, and its terms, (layers,), detached.
     """
     errors = squared_errors(student, teacher)
     return errors.sum(), errors.detach()
 
 
 @torch.no_grad()
-def energies(teacher: Sequence[Tensor]) -> Tensor:
-    """Return ||t_j||^2 of each layer, (layers,): what squared_errors gives for an all-zero student.
+def squared_norms(maps: Sequence[Tensor]) -> Tensor:
+    """Return ||t_j||^2 of each layer, (layers,): the squared errors of a student that is all zeros.
 
-    squared_errors / energies is the relative error of each layer, 0 for a perfect student and 1 for
-    one that outputs zeros. Unlike the loss it compares across image sizes, batches and data sets.
+    squared_errors / squared_norms of the teacher's maps is each layer's relative error: 0 is
+    perfect, 1 useless. Unlike the loss it compares across image sizes, batches and data sets.
     """
-    return torch.stack([_wide(t).square().sum() for t in teacher])
+    return torch.stack([widened(t).square().sum() for t in maps])
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import copy
 import itertools
+import os
 import zipfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,27 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.detection import (
-    FasterRCNN,
-    FasterRCNN_ResNet50_FPN_Weights,
-    MaskRCNN,
-    MaskRCNN_ResNet50_FPN_Weights,
-)
+from torchvision.models import get_model_weights
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
 NUM_CLASSES = 91  # COCO's category ids go up to 90; 0 is the background
 DETECTORS = {"fasterrcnn": FasterRCNN, "maskrcnn": MaskRCNN}
-COCO_V1 = {
-    "fasterrcnn": FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
-    "maskrcnn": MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
-}
 DISTILLED = ("layer1", "layer2", "layer3", "layer4")
 
-
 # ---- detectors -----------------------------------------------------------------------------------
-
-
 def build_detector(arch: str, min_size: int = 800, max_size: int = 1333) -> nn.Module:
     """Build torchvision's {arch}_resnet50_fpn without weights, frozen, in eval mode.
 
@@ -44,8 +36,7 @@ def build_detector(arch: str, min_size: int = 800, max_size: int = 1333) -> nn.M
     """
     norm_layer = partial(FrozenBatchNorm2d, eps=0.0)
     backbone = resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None, norm_layer=norm_layer, trainable_layers=0
-    )
+        backbone_name="resnet50", weights=None, norm_layer=norm_layer, trainable_layers=0)
     detector = DETECTORS[arch](backbone, NUM_CLASSES, min_size=min_size, max_size=max_size)
     return detector.eval().requires_grad_(False)
 
@@ -58,33 +49,41 @@ def load_teacher(
     path: a torchvision-format state dict on disk; None downloads COCO_V1 into torch.hub's cache.
     Raises OSError or ValueError, naming the file, where the weights cannot be had or do not fit.
     """
-    teacher = build_detector(arch, min_size, max_size)
     if path is None:
+        weights = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1
         try:
-            state = COCO_V1[arch].get_state_dict(progress=False, check_hash=True)
+            state = weights.get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as error:  # no network, a wrong hash
-            raise OSError(
-                f"cannot download the teacher's weights ({error}); fetch {COCO_V1[arch].url} "
-                "elsewhere and name the file with --teacher-ckpt") from error
+            raise OSError(f"cannot download the teacher's weights ({error}); fetch {weights.url} "
+                          "elsewhere and name the file with --teacher-ckpt") from error
     else:
         state = detector_state(load_checkpoint(path), path)
-        if any(".layer1.encoder." in key for key in state) or architecture(state) != arch:
-            raise ValueError(f"{path} does not hold the teacher of a {arch}, which is "
-                             f"torchvision's {arch}_resnet50_fpn")
-    load_weights(teacher, state, path or COCO_V1[arch].url)
+    teacher = build_detector(arch, min_size, max_size)
+    load_weights(teacher, state, path or weights.url)
     return teacher
 
 
-def place(detector: nn.Module, device: torch.device) -> nn.Module:
-    """Move a detector to its device, in channels_last, with the constants of its transform.
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the memory layout in which a device convolves the faster.
 
-    torchvision keeps these two as lists, and copies them to the device for each image, which makes
-    the host wait for a GPU each time.
+    channels_last on GPUs with tensor cores and CPUs with AVX512, contiguous elsewhere.
     """
-    transform = detector.transform
-    transform.image_mean = torch.as_tensor(transform.image_mean, device=device)
-    transform.image_std = torch.as_tensor(transform.image_std, device=device)
-    return detector.to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":
+        pays = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        pays = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.channels_last if pays else torch.contiguous_format
+
+
+def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
+    """Move a detector to its device, in its memory_format, with the constants of its transform.
+
+    torchvision keeps these two as lists and copies them for each image, for which a GPU must wait.
+    """
+    for name in ("image_mean", "image_std"):
+        constant = torch.as_tensor(getattr(detector.transform, name), device=device)
+        setattr(detector.transform, name, constant)
+    return detector.to(device, memory_format=memory_format(device))
 
 
 class Bottleneck(nn.Module):
@@ -134,8 +133,6 @@ def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module
 
 
 # ---- what training runs --------------------------------------------------------------------------
-
-
 def fold_frozen_bn(module: nn.Module) -> nn.Module:
     """Return a frozen copy in which each convolution has absorbed the FrozenBatchNorm2d after it.
 
@@ -156,8 +153,8 @@ class Distiller(nn.Module):
     """Compute teacher's and student's features of a batch, with one set of frozen layers for both.
 
     The trainable part is `student_stem`, whose modules are the student's own (conv1, bn1, layer1):
-    it is what DDP wraps and Adam updates. layer2-4 are the teacher's for both, with their
-    FrozenBatchNorm2d folded. FPN, RPN and heads have no part in the loss and are not here.
+    it is what DDP wraps and Adam updates. `shared_layers` are the teacher's layer2-4 for both, with
+    their FrozenBatchNorm2d folded. FPN, RPN and heads have no part in the loss and are not here.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
@@ -166,7 +163,7 @@ class Distiller(nn.Module):
         stem = ("conv1", "bn1", "relu", "maxpool", "layer1")
         self.teacher_stem = nn.Sequential(*(folded[name] for name in stem))
         self.student_stem: nn.Module = nn.Sequential(*(body[name] for name in stem))
-        self.tail = nn.ModuleList(folded[name] for name in DISTILLED[1:])
+        self.shared_layers = nn.ModuleList(folded[name] for name in DISTILLED[1:])
 
     def forward(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """batch: (B, 3, H, W), normalised and padded. Returns student's and teacher's four maps,
@@ -177,12 +174,46 @@ class Distiller(nn.Module):
 
     def _maps(self, stem: nn.Module, batch: Tensor) -> list[Tensor]:
         maps = [stem(batch)]
-        for layer in self.tail:
+        for layer in self.shared_layers:
             maps.append(layer(maps[-1]))
         return maps
 
 
+# ---- detection -----------------------------------------------------------------------------------
+def detect(detector: nn.Module, images: ImageList, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Go from the body's maps of one image to its detections: FPN, RPN and RoI heads.
+
+    images: as the detector's transform gives it; only its sizes are read. maps: what backbone.body
+    gives for it. Returns boxes (N, 4) x0 y0 x1 y1 in pixels of the resized image, labels (N,),
+    scores (N,) and for Mask R-CNN masks (N, 1, 28, 28) in [0, 1], each inside its box. This is
+    torchvision's GeneralizedRCNN.forward but for detector.transform.postprocess, the last step.
+    """
+    features = detector.backbone.fpn(maps)
+    proposals, _ = detector.rpn(images, features)
+    return detector.roi_heads(features, proposals, images.image_sizes)[0][0]
+
+
 # ---- checkpoint files ----------------------------------------------------------------------------
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the block raises where a path cannot be written into an OSError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint: at every moment the file is either the old one or the whole new one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with writing(path), part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -198,24 +229,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} is not there")
-    unpacked = 0
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # below, torch tells
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > Path(path).stat().st_size:
-        raise ValueError(f"{path} was refused: it would unpack to more than it is")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > Path(path).stat().st_size:
+                raise ValueError("it would unpack to more than it is")
         with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # torch.load raises a dozen kinds for as many kinds of damage
-        unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
-        reason = ("it holds code or objects other than tensors, which are never run here" if unsafe
-                  else f"it is damaged or no PyTorch file ({type(error).__name__})")
-        raise ValueError(f"{path} was refused: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict with weights")
-    return content
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # as many kinds as there are kinds of damage
+        raise ValueError(f"{path} was refused: it is damaged, holds no dict of weights, or holds code,"
+                         f" which is never run ({str(error).split('.')[0]})") from error
 
 
 def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
@@ -227,13 +251,10 @@ def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tenso
     if not isinstance(state, dict) or not all(
             isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise ValueError(f"{path} holds no state dict, neither under 'model' nor by itself")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("seq.") for key in state):
         raise ValueError(f"{path} holds torchdistill's training wrapper (keys seq.backbone...), "
                          "which has no RPN and heads, so no detector can be made of it")
-    if not any(key.startswith("roi_heads.box_head.") for key in state):
-        raise ValueError(f"{path} holds no R-CNN detector: it has no roi_heads.box_head")
-    return state
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -251,41 +272,32 @@ def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path
             raise ValueError(f"{path} is spoilt: {key} has values that are not finite")
 
 
-def architecture(state: dict[str, Tensor]) -> str:
-    """Return "maskrcnn" or "fasterrcnn"; no file says which, other than by its keys."""
-    has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
-    return "maskrcnn" if has_masks else "fasterrcnn"
-
-
 def load_student(
     path: str | Path, min_size: int = 800, max_size: int = 1333
 ) -> tuple[nn.Module, str]:
     """Build the student that a checkpoint holds. Returns it in eval mode, and its architecture.
 
-    The width of its bottleneck follows from the shapes.
+    That and the width of the bottleneck follow from keys and shapes, since no file tells them.
     """
     state = detector_state(load_checkpoint(path), path)
-    arch = architecture(state)
-    narrowest = state.get("backbone.body.layer1.encoder.7.weight")
-    if narrowest is None or narrowest.shape[1:] != (64, 2, 2) or narrowest.shape[0] > 2**16:
+    narrowest = state.get("backbone.body.layer1.encoder.7.weight", torch.empty(0))
+    if narrowest.shape[1:] != (64, 2, 2) or len(narrowest) > 2**16:
         raise ValueError(f"{path} holds no student: it has no bottleneck in backbone.body.layer1")
-    student = build_student(build_detector(arch, min_size, max_size), narrowest.shape[0])
+    has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
+    arch = "maskrcnn" if has_masks else "fasterrcnn"
+    student = build_student(build_detector(arch, min_size, max_size), len(narrowest))
     load_weights(student, state, path)
     return student, arch
 
 
 # ---- a teacher without downloads -----------------------------------------------------------------
-
-
 @torch.no_grad()
 def random_teacher(arch: str, images: list[Tensor], seed: int = 0, min_size: int = 800,
                    max_size: int = 1333) -> nn.Module:
     """Build a seeded random detector whose features are well scaled and which detects something.
 
-    images: float (3, h, w) in [0, 1]. One pass over them sets every FrozenBatchNorm2d's statistics
-    to those of its input, and spreads the class scores, which are random and too even to pass the
-    score threshold of 0.05. It knows nothing and finds only categories 1 and 2, which are those of
-    the demo data set: for demonstrations and tests.
+    images: float (3, h, w) in [0, 1], to set FrozenBatchNorm2d's statistics by, and to spread the
+    class scores. It knows nothing and finds only the demo's categories: for the demo and tests.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

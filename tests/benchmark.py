@@ -1,538 +1,341 @@
-"""Compare with torchdistill: training step, loading, start-up, evaluation. By hand, not in the suite.
+"""Compare with torchdistill: training step, loading, start-up, evaluation. By hand, not by pytest.
 
-    python tests/benchmark.py [step load start evaluate] [--device cuda] [--json FILE]
+    python tests/benchmark.py [step load start evaluate] [--large] [--device cuda] [--json FILE]
 
-Alternating in one process, medians; for figures of memory, one process each. torchdistill 1.1.5's real
-distillation box with the published configuration; its data set and evaluation code, which are no
-part of that package, are 0.0.1's, in a process of their own. See README for the figures.
+Medians of alternating rounds, their range, and how many times better than the original they are:
+for the step, torchdistill 1.1.5's distillation box with the published configuration; for data set
+and masks, no part of that package, 0.0.1's, in its own process; for detection, torchvision alone.
 """
 
 import argparse
 import copy
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import unittest.mock
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision.io
+from pycocotools import mask as coco_mask
+from torch.nn.functional import interpolate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
 
 import data
+import distributed
 import evaluate
 import models
 import train
 
-HERE = Path(__file__).resolve().parent
+ORIGINAL, OURS, BF16, LAYOUT = "torchdistill", "ours", "ours, --amp bf16", "ours, other layout"
+NOT_FOLDED, FLOOR = "ours, FrozenBatchNorm2d not folded", "floor: the convolutions of ours alone"
+BENCHES = ("step", "load", "start", "evaluate")
 
-
-def clock(function, device=torch.device("cpu")):
+# ---- measuring and reporting ---------------------------------------------------------------------
+def clock(function, *args):
+    """Return the seconds that a function takes, with all that it has started on a GPU."""
     begin = time.perf_counter()
-    function()
-    if device.type == "cuda":
+    function(*args)
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
-def alternate(functions, rounds, device=torch.device("cpu")):
-    """Run each function in turn, after one round to warm up; returns {name: median seconds}."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, function in functions.items():
-            seconds = clock(function, device)
-            if i:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+def alternate(rounds, *functions):
+    """Call functions in turn, in a round to warm up and so many that count; return their seconds,
+    (functions, rounds)."""
+    rounds = [[clock(function) for function in functions] for _ in range(1 + rounds)]
+    return np.array(rounds[1:]).T
 
 
-def pictures(count, h, w, seed=0):
-    """uint8 (3, h, w) pictures with some structure."""
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, h // 16 + 1, w // 16 + 1))).float()
-        smooth = F.interpolate(coarse, (h, w), mode="bilinear")[0]
-        yield (
-            (smooth + torch.from_numpy(rng.normal(0, 10, (3, h, w)))).clamp(0, 255).to(torch.uint8)
-        )
+def apart(function, *args):
+    """Call a function of this file in a new process, which has its memory to itself."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
 
 
-# ---- the training step
+def memory(key):
+    """Return MiB that this process holds: VmRSS now, VmHWM at most since clear_refs was written."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 2**10
 
 
-class Loader(list):
-    """As much of a DataLoader as train_epoch needs, for batches at hand."""
+def report(results, file, bench, name, values, unit, original=None):
+    """Print a row, the median of the values and its ratio to the original's, and keep it."""
+    values, ratio = np.atleast_1d(values), None
+    end = f"{values.min():.4g} to {values.max():.4g}" if len(values) > 1 else ""
+    if original is not None:
+        ratio = (np.median(original) / np.median(values)) ** (-1 if unit == "images/s" else 1)
+        end = f"{end:19}{ratio:.2f} x"
+    print(f"{bench:9}{name:60}{np.median(values):>9.4g} {unit:9}{end}", flush=True)
+    results["rows"].append({"bench": bench, "name": name, "unit": unit, "ratio": ratio,
+                            "median": np.median(values), "rounds": values.tolist()})
+    if file:
+        file.write_text(json.dumps(results, indent=1) + "\n")
 
-    def __init__(self, batches):
-        super().__init__(batches)
-        self.batch_sampler = argparse.Namespace(batch_size=len(batches[0]), epoch=0)
+
+def describe_machine(device):
+    """Return what timings depend on, {what: value}."""
+    cpu, gpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "", {}
+    cpu = cpu.partition("model name\t: ")[2].split("\n")[0] or platform.processor()
+    bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+    if device.type == "cuda":
+        gpu = {"GPU": torch.cuda.get_device_name(device)}
+        bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    return {**gpu, "CPU": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(), "bf16": bf16,
+            **{package: importlib.metadata.version(package) for package in (
+                "torch", "torchvision", "torchdistill", "numpy")}, "date": time.strftime("%F")}
 
 
-def make_steps(min_size, max_size, device, images):
-    """Functions that each do one training step on a batch: the original's, ours, ours in bfloat16."""
-    import test_parity
-    from torchdistill.core.distillation import get_distillation_box
+def call_original(*command):
+    """Run a command of original.py under torchdistill 0.0.1; return the JSON of its last line."""
+    lines = subprocess.check_output([sys.executable, ROOT / "tests" / "original.py", *command],
+                                    env=os.environ | {"PYTHONPATH": os.environ["TMPDIR"]})
+    return np.array(json.loads(lines.splitlines()[-1]))
 
-    teacher = models.random_teacher(
-        "fasterrcnn", [image / 255 for image in images[:1]], 0, min_size, max_size
-    )
-    path = Path(tempfile.mkdtemp()) / "teacher.pt"
-    torch.save(teacher.state_dict(), path)
 
-    def pair():
-        own = models.load_teacher("fasterrcnn", path, min_size, max_size)
-        return own.to(device), models.build_student(own).to(device)
+def pictures(count):
+    """Return uint8 (3, 480, 640) pictures with some structure."""
+    coarse = 255 * torch.rand(count, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    return [interpolate(c[None], (480, 640), mode="bilinear")[0].byte() for c in coarse]
 
-    def original():
-        (own, _), (_, student) = pair(), pair()  # frozen layers twice, as there
-        box = get_distillation_box(
-            own, student, {}, test_parity.box_config(), device, None, False, 1.0
-        )
+
+# ---- the training step ---------------------------------------------------------------------------
+def convolutions(step):
+    """Return a function that repeats the convolutions of a step, forward and backward."""
+    calls, seen = [], {}  # one tensor of each shape will do
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "convolution" in function.name():
+                calls.append((function, [seen.setdefault((a.shape, a.stride()), a.detach())
+                                         if isinstance(a, torch.Tensor) else a for a in args]))
+            return function(*args, **kwargs or {})
+
+    with Note():
+        step()
+    return torch.no_grad()(lambda: [function(*args) for function, args in calls])
+
+
+def make_step(name, device, checkpoint, min_size, max_size, batch):
+    """Return a function that makes one training step, the original's or ours, on pictures."""
+    teacher = models.load_teacher("fasterrcnn", checkpoint, min_size, max_size)
+    student, images = models.build_student(teacher), pictures(batch)
+    if name == ORIGINAL:
+        import test_parity
+        from torchdistill.core.distillation import get_distillation_box
+
+        teacher = copy.deepcopy(teacher).to(device)  # frozen layers twice, as there
+        box = get_distillation_box(teacher, student.to(device), {}, test_parity.box_config(),
+                                   device, None, False, 1.0)
         box.pre_epoch_process(epoch=0)
-        own.eval()
+        teacher.eval()
+        images = [image / 255 for image in images]  # as its loader gives them
 
-        def step():
-            loss = box.forward_process(
-                [image.to(device).float() / 255 for image in images], None, None
-            )
+        def original():
+            loss = box.forward_process([image.to(device) for image in images], None, None)
             box.post_forward_process(loss=loss)
             loss.item()  # its loop logs every step
 
-        return step
+        return original
 
-    def ours(bf16=False, layout=torch.channels_last, fold=models.fold_frozen_bn):
-        own, student = pair()
-        with unittest.mock.patch.object(models, "fold_frozen_bn", fold):
-            distiller = models.Distiller(own, student).to(memory_format=layout)
-        optimizer = torch.optim.Adam(
-            [p for p in distiller.student_stem.parameters() if p.requires_grad], lr=1e-3
-        )
-        experiment = replace(train.FASTERRCNN, images_per_step=len(images))
-
-        def step():
-            with unittest.mock.patch.object(torch, "channels_last", layout):
-                train.train_epoch(
-                    experiment,
-                    distiller,
-                    own.transform,
-                    Loader([images]),
-                    optimizer,
-                    train.Position(0),
-                    bf16,
-                    100,
-                    lambda **_: None,
-                )
-
-        return step
-
-    def floor():
-        own, student = pair()
-        return convolutions(
-            models.Distiller(own, student).to(memory_format=torch.channels_last),
-            own.transform([image.to(device) / 255 for image in images])[0].tensors,
-        )
-
-    return {
-        "original": original,
-        "ours": ours,
-        "ours bf16": lambda: ours(bf16=True),
-        "ours not channels_last": lambda: ours(layout=torch.contiguous_format),
-        "ours not folded": lambda: ours(fold=copy.deepcopy),
-        "floor": floor,
-    }
-
-
-def convolutions(distiller, batch):
-    """The step's convolutions with nothing else: forward, and the gradients that are needed."""
-    calls = []
-
-    def note(module, inputs, output):
-        x = inputs[0].detach()
-        mask = (
-            output.requires_grad and inputs[0].requires_grad,
-            module.weight.requires_grad,
-            False,
-        )
-        calls.append(
-            (x, module.weight.detach(), module.stride, module.padding, mask, output.detach())
-        )
-
-    hooks = [
-        m.register_forward_hook(note) for m in distiller.modules() if isinstance(m, torch.nn.Conv2d)
-    ]
-    distiller(batch.contiguous(memory_format=torch.channels_last))
-    for hook in hooks:
-        hook.remove()
-
-    def run():
-        with torch.no_grad():
-            for x, weight, stride, padding, mask, output in calls:
-                F.conv2d(x, weight, None, stride, padding)
-                if any(mask):
-                    torch.ops.aten.convolution_backward(
-                        output, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, mask
-                    )
-
-    return run
-
-
-def bench_step(args, device):
-    rows = {}
-    for min_size, max_size, batch in args.sizes:
-        images = list(pictures(batch, 480, 640))
-        makers = make_steps(min_size, max_size, device, images)
-        key = f"{min_size}/{max_size} x {batch}"
-        rows[key] = alternate({name: make() for name, make in makers.items()}, args.rounds, device)
-        if device.type == "cuda":
-            for name in ("original", "ours", "ours bf16"):
-                step = makers[name]()
-                torch.cuda.reset_peak_memory_stats()
-                step()
-                rows[key][f"{name} MiB"] = torch.cuda.max_memory_allocated() / 2**20
-        elif batch == 4:
-            for name in ("original", "ours", "ours bf16"):
-                rows[key][f"{name} MiB"] = json.loads(
-                    subprocess.run(
-                        [
-                            sys.executable,
-                            __file__,
-                            "peak",
-                            "--name",
-                            name,
-                            "--min-size",
-                            str(min_size),
-                            "--max-size",
-                            str(max_size),
-                        ],
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    ).stdout.splitlines()[-1]
-                )
-    return rows
-
-
-def peak(args, device):
-    """Print the MiB by which three steps raise this process's peak over what it held before them."""
-    images = list(pictures(4, 480, 640))
-    step = make_steps(args.min_size, args.max_size, device, images)[args.name]()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the models
-    before = high_water()
-    for _ in range(3):
-        step()
-    print(json.dumps(high_water() - before))
-
-
-def high_water():
-    """The most memory that this process has held since its peak was last forgotten, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-
-
-# ---- data
-
-
-def write_coco(folder, images, annotations, files):
-    """Write a COCO-layout training set: so many images and annotations, the first `files` as JPEGs."""
-    rng = np.random.default_rng(0)
-    (folder / "annotations").mkdir(parents=True, exist_ok=True)
-    (folder / "train2017").mkdir(exist_ok=True)
-    for i, picture in enumerate(pictures(files, 480, 640)):
-        torchvision.io.write_jpeg(
-            picture, str(folder / "train2017" / f"{i + 1:012d}.jpg"), quality=90
-        )
-    for i in range(files, images):
-        (folder / "train2017" / f"{i + 1:012d}.jpg").symlink_to(f"{i % files + 1:012d}.jpg")
-    owners = np.sort(rng.integers(1, images + 1, annotations)).tolist()
-    with (folder / "annotations" / "instances_train2017.json").open("w") as file:
-        file.write(
-            '{"info": {}, "licenses": [], "categories": [{"id": 1, "name": "thing"}], "images": '
-        )
-        json.dump(
-            [
-                {
-                    "license": 3,
-                    "file_name": f"{i:012d}.jpg",
-                    "coco_url": f"http://images/train2017/{i:012d}.jpg",
-                    "height": 480,
-                    "width": 640,
-                    "date_captured": "2013-11-14 11:18:45",
-                    "id": i,
-                }
-                for i in range(1, images + 1)
-            ],
-            file,
-        )
-        file.write(', "annotations": [')
-        for n, owner in enumerate(owners):
-            x, y = rng.uniform(0, 400), rng.uniform(0, 300)
-            w, h = rng.uniform(10, 200, 2)
-            angle = np.linspace(0, 2 * np.pi, 22, endpoint=False)
-            outline = np.stack(
-                [x + w / 2 * (1 + np.cos(angle)), y + h / 2 * (1 + np.sin(angle))], 1
-            )
-            annotation = {
-                "segmentation": [outline.round(2).flatten().tolist()],
-                "area": w * h * 0.78,
-                "iscrowd": 0,
-                "image_id": owner,
-                "bbox": [x, y, w, h],
-                "category_id": 1,
-                "id": n + 1,
-            }
-            file.write(("," if n else "") + json.dumps(annotation))
-        file.write("]}")
-
-
-def call_original(args, *command):
-    """Run a command of original.py under torchdistill 0.0.1; returns the JSON of its last line."""
-    process = subprocess.run(
-        [sys.executable, HERE / "original.py", *map(str, command)],
-        text=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(args.original)},
-    )
-    if process.returncode:
-        sys.exit(process.stderr)
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-def bench_load(args, device):
-    torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp())
-    write_coco(folder, 256, 1880, 256)
-    index, images_folder = data.load_split(folder, "train")
-    images = data.CocoImages(index, images_folder)
+    layout = models.memory_format(device)
+    if name == LAYOUT:
+        layout = ({torch.channels_last, torch.contiguous_format} - {layout}).pop()
+    fold = copy.deepcopy if name == NOT_FOLDED else models.fold_frozen_bn
+    changed = mock.patch.multiple(models, memory_format=lambda device: layout, fold_frozen_bn=fold)
+    with changed:
+        distiller = models.Distiller(*(models.to_device(d, device) for d in (teacher, student)))
+    experiment = replace(train.FASTERRCNN, images_per_step=batch)
+    loader = DataLoader(images, batch, collate_fn=list)
+    optimizer, _ = train.build_optimizer(distiller.student_stem, experiment)
 
     def ours():
-        for position in range(len(images)):
-            images[position, position % 2 == 0]
+        with changed:
+            train.train(experiment, distiller, teacher.transform, loader, optimizer,
+                        train.Progress(), lambda **_: None, name == BF16)
 
-    rounds = [
-        (call_original(args, "load", folder), min(clock(ours) for _ in range(3)) / len(images))
-        for _ in range(3)
-    ]
-    rows = {
-        "original, ms an image": 1e3 * statistics.median(r[0] for r in rounds),
-        "ours, ms an image": 1e3 * statistics.median(r[1] for r in rounds),
-    }
-    for workers in args.workers:
-        loader = data.train_loader(
-            images, data.GroupedBatches(index, 4, 0, 1), workers, device.type == "cuda"
-        )
-        list(loader)  # the workers start
-        seconds = statistics.median(clock(lambda loader=loader: list(loader)) for _ in range(5))
-        rows[f"ours, {workers} workers, img/s"] = len(loader) * 4 / seconds
-    return rows
+    return convolutions(ours) if name == FLOOR else ours
 
 
-def bench_start(args, device):
-    folder = Path(tempfile.mkdtemp())
-    write_coco(folder, 117_000, 860_000, 1)
-    path = folder / "annotations" / "instances_train2017.json"
-    rows = {"annotation file, MB": path.stat().st_size / 1e6}
-    for name, (seconds, mib) in {
-        "original": call_original(args, "start", folder),
-        **{
-            name: json.loads(
-                subprocess.run(
-                    [sys.executable, __file__, "start-ours", "--name", str(folder)],
-                    text=True,
-                    capture_output=True,
-                    check=True,
-                ).stdout.splitlines()[-1]
-            )
-            for name in ("ours, first time", "ours, cached")
-        },
-    }.items():
-        rows[f"{name}, s"], rows[f"{name}, MiB held by the rank and again by each worker"] = (
-            seconds,
-            mib,
-        )
-    data.write_demo_dataset(folder / "demo", train=8, val=2)
-    (folder / "demo" / "val2017").rename(folder / "val2017")
-    val_file = Path("annotations", "instances_val2017.json")
-    (folder / "demo" / val_file).rename(folder / val_file)
-    sample = [picture / 255 for picture in pictures(2, 96, 128)]
-    teacher = models.random_teacher("fasterrcnn", sample, 0, 96, 160)
-    torch.save(teacher.state_dict(), folder / "teacher.pt")
-    path.with_suffix(".index.npz").unlink()
-    for name in ("first time", "cached"):
-        rows[f"ours, {name}, from the command to the first step, s"] = first_step(folder, device)
-    rows["of which importing, s"] = clock(
-        lambda: subprocess.run([sys.executable, "-c", "import train"], cwd=HERE.parent, check=True)
-    )
-    return rows
+def peak(*what):
+    """Return MiB that two steps take at most: all of a GPU's, or what they add to this process."""
+    step = make_step(*what)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of making the models
+    before = memory("VmRSS")
+    clock(step)
+    clock(step)  # now with Adam's state
+    return torch.cuda.max_memory_allocated() / 2**20 or memory("VmHWM") - before
 
 
-def first_step(folder, device):
-    """Seconds from train.py's command to its first line of progress."""
-    command = [sys.executable, train.__file__, "--arch", "fasterrcnn", "--data-dir", folder]
-    command += ["--teacher-ckpt", folder / "teacher.pt", "--output-dir", folder / "out"]
-    command += ["--overwrite", "--min-size", "96", "--max-size", "160", "--log-every", "1"]
+def bench_step(args, device, folder, row):
+    names = [ORIGINAL, OURS, *[BF16] * args.bf16, LAYOUT, NOT_FOLDED, FLOOR]
+    for min_size, max_size, batch in args.sizes:
+        what = device, args.teacher, min_size, max_size, batch
+        steps = [make_step(name, *what) for name in names]
+        times = alternate(args.rounds, *steps)
+        for name, seconds in zip(names, times):
+            row(f"{batch} images at {min_size}/{max_size}, {name}", seconds, "s",
+                None if name == ORIGINAL else times[0])
+        original, steps = None, None
+        for name in (ORIGINAL, OURS, *[BF16] * args.bf16):
+            mib = apart(peak, name, *what)
+            row(f"{name}, peak memory", mib, "MiB", original)
+            original = original or mib
+
+
+# ---- data ----------------------------------------------------------------------------------------
+def write_coco(folder, count, files):
+    """Write a COCO-layout training set of so many images, which share so many files."""
+    for i, picture in enumerate(pictures(files)):
+        to_pil_image(picture).save(folder / "train2017" / f"{i:012d}.jpg", quality=90)
+    images = json.dumps([
+        {"id": i + 1, "license": 3, "file_name": f"{i % files:012d}.jpg", "height": 480,
+         "width": 640, "coco_url": f"images/{i:012d}.jpg", "date_captured": "2013-11-14 11:18:45"}
+        for i in range(count)])
+    outline = (200.5 + 75 * np.exp(np.arange(22) * np.pi / 11j)).view(float).round(2).tolist()
+    shape = json.dumps({"segmentation": [outline], "area": 17671.46, "iscrowd": 0,
+                        "bbox": [125.5, 125.5, 150.25, 150.75], "category_id": 1})[1:]
+    annotations = ", ".join(f'{{"id": {n}, "image_id": {n * 20 // 147 + 1}, {shape}'
+                            for n in range(count * 147 // 20))  # 7.35 each
+    (folder / "annotations" / "instances_train2017.json").write_text(
+        f'{{"images": {images}, "annotations": [{annotations}], "categories": [{{"id": 1}}]}}')
+
+
+def bench_load(args, device, folder, row):
+    write_coco(folder, args.files, args.files)
+    index, images_folder = data.load_split(folder, "train")
+    images, threads, rounds = data.CocoImages(index, images_folder), torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(args.rounds):
+        ours = [clock(lambda: [images[i, i % 2] for i in range(args.files)]) for _ in range(3)]
+        rounds.append((1e3 * call_original("load", folder), 1e3 * min(ours) / args.files))
+    torch.set_num_threads(threads)
+    original, ours = zip(*rounds)
+    row("torchdistill, load and prepare a 640 x 480 image, one thread", original, "ms")
+    row("ours", ours, "ms", original)
+    loader = data.train_loader(index, images_folder, 4, 0, workers=2)
+    speed = 4 * len(loader) / alternate(args.rounds, lambda: list(loader))[0]
+    row("ours, by 2 workers that have started", speed, "images/s")
+
+
+def start_ours(folder):
+    """Return seconds and MiB that the training set takes until its first batch is known."""
+    before, begin = memory("VmRSS"), time.perf_counter()
+    index, images_folder = data.load_split(folder, "train")
+    kept = data.CocoImages(index, images_folder), data.GroupedBatches(index, 4, 0, 3)
+    next(iter(kept[1]))
+    return time.perf_counter() - begin, memory("VmRSS") - before
+
+
+def bench_start(args, device, folder, row):
+    write_coco(folder, args.annotated, 1)
+    original = call_original("start", folder)
+    row(f"torchdistill, {args.annotated} annotated images, to the first batch", original[0], "s")
+    row("torchdistill, memory for it of each process and worker", original[1], "MiB")
+    for name in ("ours, the first time", "ours, from the cached index"):
+        seconds, mib = apart(start_ours, folder)
+        row(name, seconds, "s", original[0])
+        row(f"{name}, memory", mib, "MiB", original[1])
+    command = [sys.executable, ROOT / "train.py", "--arch", "fasterrcnn", "--data-dir", folder,
+               "--teacher-ckpt", args.teacher, "--output-dir", folder, "--device", args.device,
+               "--min-size", "96", "--max-size", "160", "--workers", "0", "--log-every", "1"]
     begin = time.perf_counter()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([*command, "--device", device.type], **pipes) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if line.startswith("epoch 0 step 1/"))
         seconds = time.perf_counter() - begin
-        process.terminate()
-    return seconds
+        process.kill()
+    row("ours, cached, from the command to the first step at 96/160", seconds, "s")
+    command = [sys.executable, ROOT / "train.py", "--help"]
+    row("of which imports", clock(subprocess.check_output, command), "s")
 
 
-def start_ours(args, device):
-    """Print seconds and MiB that the training data set takes until its first batch is known."""
-    before = float(Path("/proc/self/statm").read_text().split()[1])
-    begin = time.perf_counter()
-    index, folder = data.load_split(Path(args.name), "train")
-    images, batches = data.CocoImages(index, folder), data.GroupedBatches(index, 4, 0, 3)
-    next(iter(batches))
-    seconds = time.perf_counter() - begin
-    assert len(images) > 100_000
-    pages = float(Path("/proc/self/statm").read_text().split()[1]) - before
-    print(json.dumps([seconds, pages * resource.getpagesize() / 2**20]))
+# ---- evaluation ----------------------------------------------------------------------------------
+@torch.inference_mode()
+def detect(detector, images, device, plainly):
+    """Do what the detector alone does in an evaluation, or plainly, as torchvision's references do
+    it, all of it: torchvision's own forward, then pycocotools on each mask."""
+    for image in (image.to(device) / 255 for image in images):
+        if plainly:
+            for mask in detector([image])[0].get("masks", torch.empty(0)).cpu():
+                coco_mask.encode(np.asfortranarray((mask[0] > 0.5).byte().numpy()))
+        else:
+            batch, _ = detector.transform([image])
+            models.detect(detector, batch, detector.backbone.body(batch.tensors))
 
 
-# ---- evaluation
-
-
-def bench_evaluate(args, device):
-    """End to end, and what is left of it outside the detector, beside the original's for the same masks."""
-    folder, rows = Path(tempfile.mkdtemp()), {}
-    for count in args.images:
-        data.write_demo_dataset(folder / str(count), train=8, val=count)
-        sample = [
-            data.read_image(p) / 255 for p in sorted((folder / str(count) / "train2017").iterdir())
-        ]
-        for arch in models.DETECTORS:
-            teacher = models.random_teacher(arch, sample, 0, 96, 160).to(device)
-            inside = 0.0
-
-            def counted(images, teacher=teacher, forward=teacher.forward):
-                nonlocal inside
-                begin = time.perf_counter()
-                output = forward(images)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                inside += time.perf_counter() - begin
-                return output
-
-            teacher.forward = counted
-            val = evaluate.ValSet(folder / str(count))
-            seconds = clock(lambda: evaluate.evaluate(teacher, val, device, args.workers[0]))  # noqa: B023
-            rows[f"{arch}, {count} images, img/s"] = count / seconds
-            rows[f"{arch}, {count} images, share of the detector"] = inside / seconds
-    rng = np.random.default_rng(0)
-    outputs = {}
-    for i in range(20):
-        corner, size = rng.uniform(0, 300, (100, 2)), rng.uniform(10, 170, (100, 2))
-        boxes = torch.from_numpy(np.concatenate([corner, corner + size], 1)).float()
-        masks = torch.zeros(100, 1, 480, 640)
-        for mask, (x0, y0, x1, y1) in zip(masks[:, 0], boxes.int().tolist(), strict=True):
-            patch = F.interpolate(torch.rand(1, 1, 28, 28), (y1 - y0, x1 - x0), mode="bilinear")[
-                0, 0
-            ]
-            mask[y0:y1, x0:x1] = patch
-        outputs[i + 1] = {
-            "boxes": boxes,
-            "labels": torch.ones(100, dtype=torch.int64),
-            "masks": masks,
-            "scores": torch.from_numpy(rng.random(100)).float(),
-        }
-    file = folder / "outputs.pt"
-    torch.save(outputs, file)
-    ours = [
-        clock(lambda: [evaluate.to_coco(i, output) for i, output in outputs.items()]) / 20
-        for _ in range(3)
-    ]
-    rows["original, 100 masks to results, ms an image"] = 1e3 * call_original(args, "masks", file)
-    rows["ours, 100 masks to results, ms an image"] = 1e3 * statistics.median(ours)
-    return rows
-
-
-BENCHES = {"step": bench_step, "load": bench_load, "start": bench_start, "evaluate": bench_evaluate}
+def bench_evaluate(args, device, folder, row):
+    images = [data.read_image(path) for path in sorted((folder / "val2017").iterdir())]
+    for arch, kinds in evaluate.KINDS.items():
+        original = models.random_teacher(arch, [image / 255 for image in images], 0, 96, 160)
+        detector = models.to_device(copy.deepcopy(original), device)
+        original.to(device)
+        val, n = evaluate.ValSet(folder, kinds), len(images)
+        plain, ours, alone = alternate(
+            args.rounds, lambda: detect(original, images, device, True),
+            lambda: evaluate.evaluate(detector, val, device, workers=0),  # to start some takes time
+            lambda: detect(detector, images, device, False))
+        row(f"{arch} at 96/160, torchvision alone", n / plain, "images/s")
+        row(f"{arch}, ours, with the figures", n / ours, "images/s", n / plain)
+        row(f"{arch}, share of ours that the detector takes alone", 100 * alone / ours, "%")
+    sizes, corner, side = ((800, 1067), (480, 640)), 500 * torch.rand(100, 2), torch.rand(100, 2)
+    found = {"boxes": torch.cat([corner, corner + 20 + 280 * side], 1), "scores": side[:, 0],
+             "labels": torch.ones(100, dtype=torch.int64),
+             "masks": interpolate(torch.rand(100, 1, 5, 5), (28, 28), mode="bilinear")}
+    paste = detector.transform.postprocess  # it changes what it is given, here a copy
+    pasting, ours = alternate(
+        3 * args.rounds, lambda: paste([dict(found)], sizes[:1], sizes[1:]),
+        lambda: evaluate.to_coco(1, detector, dict(found), *sizes))
+    outputs = paste([dict(found)], sizes[:1], sizes[1:]) * 4
+    torch.save(dict(enumerate(outputs)), folder / "outputs.pt")
+    plain = pasting + call_original("masks", folder / "outputs.pt")
+    row("torchdistill, 100 masks of an image to results, with pasting", 1e3 * plain, "ms")
+    row("ours", 1e3 * ours, "ms", 1e3 * plain)
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("benches", nargs="*", default=list(BENCHES))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--sizes",
-        type=lambda text: [int(n) for n in text.split("/")],
-        nargs="*",
-        default=[[320, 533, 4], [800, 1333, 4]],
-        help="min/max/batch",
-    )
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
-    parser.add_argument("--images", type=int, nargs="*", default=[100])
-    parser.add_argument(
-        "--original", type=Path, help="a folder with torchdistill 0.0.1; default: install it"
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--name", help=argparse.SUPPRESS)
-    parser.add_argument("--min-size", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--max-size", type=int, help=argparse.SUPPRESS)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)}; default: all")
+    flag("--large", action="append_const", dest="sizes", const=[800, 1333, 4],
+         help="time the step at 800/1333 too")
+    flag("--device", choices=["cpu", "cuda"], default="cpu")
+    flag("--json", type=Path, metavar="FILE", help="write the results to this file")
+    flag("--sizes", nargs="*", default=[[320, 533, 4]], metavar="MIN/MAX/BATCH",
+         type=lambda text: [int(n) for n in text.split("/")])
+    for name, number in (("rounds", 3), ("files", 96), ("annotated", 117_000), ("images", 6)):
+        flag(f"--{name}", type=int, default=number, metavar="N", help="%(default)s")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    if args.benches == ["peak"]:
-        return peak(args, device)
-    if args.benches == ["start-ours"]:
-        return start_ours(args, device)
-    if args.original is None and set(args.benches) - {"step"}:
-        args.original = Path(tempfile.mkdtemp())
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "-q",
-                "--no-deps",
-                "--target",
-                args.original,
-                "torchdistill==0.0.1",
-            ],
-            check=True,
-        )
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "torchvision", "torchdistill", "numpy")
-    }
-    machine = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    results = {"machine": machine, "date": time.strftime("%Y-%m-%d"), **versions}
-    print(results)
-    for name in args.benches:
-        results[name] = BENCHES[name](args, device)
-        for key, value in results[name].items():
-            print(f"{name}: {key}: ", end="")
-            if isinstance(value, dict):
-                ratio = value["original"] / value["ours"]
-                print(
-                    ", ".join(f"{k} {v:.4g}" for k, v in value.items()),
-                    f"| ours {ratio:.2f} x faster",
-                )
-            else:
-                print(f"{value:.4g}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    device = distributed.set_up(args.device)
+    results = {"machine": describe_machine(device), "rows": []}
+    print(", ".join(f"{key} {value}" for key, value in results["machine"].items()), flush=True)
+    with tempfile.TemporaryDirectory(prefix="ghnd-benchmark-") as folder:
+        tempfile.tempdir = os.environ["TMPDIR"] = folder  # for whatever else makes folders
+        os.environ["TORCH_HOME"] = f"{folder}/torch"  # no index is cached yet
+        args.teacher, args.bf16 = f"{folder}/teacher.pt", results["machine"]["bf16"]
+        teacher = models.random_teacher("fasterrcnn", [torch.rand(3, 96, 128)], 0, 96, 160)
+        torch.save(teacher.state_dict(), args.teacher)
+        if args.benches != ["step"]:
+            subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "--no-deps",
+                                   "--target", folder, "torchdistill==0.0.1"])
+        for name in args.benches or BENCHES:
+            place = Path(folder, name)
+            data.write_demo_dataset(place, train=1, val=args.images)
+            globals()[f"bench_{name}"](
+                args, device, place, lambda *row: report(results, args.json, name, *row))
 
 
 if __name__ == "__main__":
