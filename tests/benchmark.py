@@ -2,9 +2,8 @@
 
     python tests/benchmark.py [step load start evaluate] [--large] [--device cuda] [--json FILE]
 
-Medians of alternating rounds, their range, and how many times better than the original they are:
-for the step, torchdistill 1.1.5's distillation box with the published configuration; for data set
-and masks, no part of that package, 0.0.1's, in its own process; for detection, torchvision alone.
+Medians, ranges, and how many times better than the original: torchdistill 1.1.5 as published; for
+data set and masks its 0.0.1, in a process of its own; for detection torchvision's own forward.
 """
 
 import argparse
@@ -29,8 +28,6 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch.nn.functional import interpolate
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 
 import data
@@ -41,23 +38,19 @@ import train
 
 ORIGINAL, OURS, BF16, LAYOUT = "torchdistill", "ours", "ours, --amp bf16", "ours, other layout"
 NOT_FOLDED, FLOOR = "ours, FrozenBatchNorm2d not folded", "floor: the convolutions of ours alone"
-BENCHES = ("step", "load", "start", "evaluate")
 
 # ---- measuring and reporting ---------------------------------------------------------------------
 def clock(function, *args):
     """Return the seconds that a function takes, with all that it has started on a GPU."""
     begin = time.perf_counter()
     function(*args)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    torch.cuda.is_initialized() and torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
 def alternate(rounds, *functions):
-    """Call functions in turn, in a round to warm up and so many that count; return their seconds,
-    (functions, rounds)."""
-    rounds = [[clock(function) for function in functions] for _ in range(1 + rounds)]
-    return np.array(rounds[1:]).T
+    """Call functions in turn, after a round to warm up; return seconds, (functions, rounds)."""
+    return np.array([[clock(f) for f in functions] for _ in range(1 + rounds)])[1:].T
 
 
 def apart(function, *args):
@@ -78,25 +71,24 @@ def report(results, file, bench, name, values, unit, original=None):
     if original is not None:
         ratio = (np.median(original) / np.median(values)) ** (-1 if unit == "images/s" else 1)
         end = f"{end:19}{ratio:.2f} x"
-    print(f"{bench:9}{name:60}{np.median(values):>9.4g} {unit:9}{end}", flush=True)
+    print(f"{bench:9}{name:61}{np.median(values):>9.4g} {unit:9}{end}".rstrip(), flush=True)
     results["rows"].append({"bench": bench, "name": name, "unit": unit, "ratio": ratio,
                             "median": np.median(values), "rounds": values.tolist()})
-    if file:
-        file.write_text(json.dumps(results, indent=1) + "\n")
+    file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def describe_machine(device):
     """Return what timings depend on, {what: value}."""
-    cpu, gpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "", {}
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     cpu = cpu.partition("model name\t: ")[2].split("\n")[0] or platform.processor()
-    bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+    found = {"CPU": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+             "capability": torch.backends.cpu.get_cpu_capability(), "date": time.strftime("%F"),
+             "bf16": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()}
     if device.type == "cuda":
-        gpu = {"GPU": torch.cuda.get_device_name(device)}
         bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    return {**gpu, "CPU": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(), "bf16": bf16,
-            **{package: importlib.metadata.version(package) for package in (
-                "torch", "torchvision", "torchdistill", "numpy")}, "date": time.strftime("%F")}
+        found = {"GPU": torch.cuda.get_device_name(device), **found, "bf16": bf16}
+    packages = ("torch", "torchvision", "torchdistill", "numpy")
+    return found | {package: importlib.metadata.version(package) for package in packages}
 
 
 def call_original(*command):
@@ -117,7 +109,7 @@ def convolutions(step):
     """Return a function that repeats the convolutions of a step, forward and backward."""
     calls, seen = [], {}  # one tensor of each shape will do
 
-    class Note(TorchDispatchMode):
+    class Note(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if "convolution" in function.name():
                 calls.append((function, [seen.setdefault((a.shape, a.stride()), a.detach())
@@ -150,7 +142,6 @@ def make_step(name, device, checkpoint, min_size, max_size, batch):
             loss.item()  # its loop logs every step
 
         return original
-
     layout = models.memory_format(device)
     if name == LAYOUT:
         layout = ({torch.channels_last, torch.contiguous_format} - {layout}).pop()
@@ -159,7 +150,7 @@ def make_step(name, device, checkpoint, min_size, max_size, batch):
     with changed:
         distiller = models.Distiller(*(models.to_device(d, device) for d in (teacher, student)))
     experiment = replace(train.FASTERRCNN, images_per_step=batch)
-    loader = DataLoader(images, batch, collate_fn=list)
+    loader = torch.utils.data.DataLoader(images, batch, collate_fn=list)
     optimizer, _ = train.build_optimizer(distiller.student_stem, experiment)
 
     def ours():
@@ -175,8 +166,7 @@ def peak(*what):
     step = make_step(*what)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of making the models
     before = memory("VmRSS")
-    clock(step)
-    clock(step)  # now with Adam's state
+    alternate(1, step)  # two steps, the second with Adam's state
     return torch.cuda.max_memory_allocated() / 2**20 or memory("VmHWM") - before
 
 
@@ -185,15 +175,14 @@ def bench_step(args, device, folder, row):
     for min_size, max_size, batch in args.sizes:
         what = device, args.teacher, min_size, max_size, batch
         steps = [make_step(name, *what) for name in names]
-        times = alternate(args.rounds, *steps)
+        times, original = alternate(args.rounds, *steps), None
         for name, seconds in zip(names, times):
-            row(f"{batch} images at {min_size}/{max_size}, {name}", seconds, "s",
-                None if name == ORIGINAL else times[0])
-        original, steps = None, None
+            row(f"{batch} images at {min_size}/{max_size}, {name}", seconds, "s", times[0])
+        del steps
         for name in (ORIGINAL, OURS, *[BF16] * args.bf16):
             mib = apart(peak, name, *what)
-            row(f"{name}, peak memory", mib, "MiB", original)
             original = original or mib
+            row(f"{name}, peak memory", mib, "MiB", original)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -201,10 +190,8 @@ def write_coco(folder, count, files):
     """Write a COCO-layout training set of so many images, which share so many files."""
     for i, picture in enumerate(pictures(files)):
         to_pil_image(picture).save(folder / "train2017" / f"{i:012d}.jpg", quality=90)
-    images = json.dumps([
-        {"id": i + 1, "license": 3, "file_name": f"{i % files:012d}.jpg", "height": 480,
-         "width": 640, "coco_url": f"images/{i:012d}.jpg", "date_captured": "2013-11-14 11:18:45"}
-        for i in range(count)])
+    images = json.dumps([{"id": i + 1, "file_name": f"{i % files:012d}.jpg", "license": 3, "height":
+                          480, "width": 640, "coco_url": "images/"} for i in range(count)])
     outline = (200.5 + 75 * np.exp(np.arange(22) * np.pi / 11j)).view(float).round(2).tolist()
     shape = json.dumps({"segmentation": [outline], "area": 17671.46, "iscrowd": 0,
                         "bbox": [125.5, 125.5, 150.25, 150.75], "category_id": 1})[1:]
@@ -255,18 +242,15 @@ def bench_start(args, device, folder, row):
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if line.startswith("epoch 0 step 1/"))
-        seconds = time.perf_counter() - begin
+        row("ours, cached, from the command to a step at 96/160", time.perf_counter() - begin, "s")
         process.kill()
-    row("ours, cached, from the command to the first step at 96/160", seconds, "s")
-    command = [sys.executable, ROOT / "train.py", "--help"]
-    row("of which imports", clock(subprocess.check_output, command), "s")
+    row("of which imports", clock(subprocess.check_output, [*command[:2], "--help"]), "s")
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 @torch.inference_mode()
 def detect(detector, images, device, plainly):
-    """Do what the detector alone does in an evaluation, or plainly, as torchvision's references do
-    it, all of it: torchvision's own forward, then pycocotools on each mask."""
+    """Detect alone, or plainly as torchvision's references do: its forward, then mask by mask."""
     for image in (image.to(device) / 255 for image in images):
         if plainly:
             for mask in detector([image])[0].get("masks", torch.empty(0)).cpu():
@@ -281,41 +265,36 @@ def bench_evaluate(args, device, folder, row):
     for arch, kinds in evaluate.KINDS.items():
         original = models.random_teacher(arch, [image / 255 for image in images], 0, 96, 160)
         detector = models.to_device(copy.deepcopy(original), device)
-        original.to(device)
         val, n = evaluate.ValSet(folder, kinds), len(images)
         plain, ours, alone = alternate(
-            args.rounds, lambda: detect(original, images, device, True),
+            args.rounds, lambda: detect(original.to(device), images, device, True),
             lambda: evaluate.evaluate(detector, val, device, workers=0),  # to start some takes time
             lambda: detect(detector, images, device, False))
         row(f"{arch} at 96/160, torchvision alone", n / plain, "images/s")
         row(f"{arch}, ours, with the figures", n / ours, "images/s", n / plain)
         row(f"{arch}, share of ours that the detector takes alone", 100 * alone / ours, "%")
     sizes, corner, side = ((800, 1067), (480, 640)), 500 * torch.rand(100, 2), torch.rand(100, 2)
+    masks = interpolate(torch.rand(100, 1, 5, 5), (28, 28), mode="bilinear")
     found = {"boxes": torch.cat([corner, corner + 20 + 280 * side], 1), "scores": side[:, 0],
-             "labels": torch.ones(100, dtype=torch.int64),
-             "masks": interpolate(torch.rand(100, 1, 5, 5), (28, 28), mode="bilinear")}
+             "labels": torch.ones(100).long(), "masks": masks}
     paste = detector.transform.postprocess  # it changes what it is given, here a copy
     pasting, ours = alternate(
         3 * args.rounds, lambda: paste([dict(found)], sizes[:1], sizes[1:]),
         lambda: evaluate.to_coco(1, detector, dict(found), *sizes))
-    outputs = paste([dict(found)], sizes[:1], sizes[1:]) * 4
-    torch.save(dict(enumerate(outputs)), folder / "outputs.pt")
+    torch.save({1: paste([dict(found)], sizes[:1], sizes[1:])[0]}, folder / "outputs.pt")
     plain = pasting + call_original("masks", folder / "outputs.pt")
     row("torchdistill, 100 masks of an image to results, with pasting", 1e3 * plain, "ms")
     row("ours", 1e3 * ours, "ms", 1e3 * plain)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)}; default: all")
-    flag("--large", action="append_const", dest="sizes", const=[800, 1333, 4],
-         help="time the step at 800/1333 too")
+    flag("benches", nargs="*", metavar="BENCH", help="step, load, start, evaluate; default: all")
+    flag("--large", action="append_const", dest="sizes", const=[800, 1333, 4], help="800/1333 too")
     flag("--device", choices=["cpu", "cuda"], default="cpu")
-    flag("--json", type=Path, metavar="FILE", help="write the results to this file")
-    flag("--sizes", nargs="*", default=[[320, 533, 4]], metavar="MIN/MAX/BATCH",
-         type=lambda text: [int(n) for n in text.split("/")])
+    flag("--json", type=Path, metavar="FILE", default=os.devnull, help="write the results to it")
+    flag("--sizes", nargs="*", default=[[320, 533, 4]], type=lambda s: [*map(int, s.split("/"))])
     for name, number in (("rounds", 3), ("files", 96), ("annotated", 117_000), ("images", 6)):
         flag(f"--{name}", type=int, default=number, metavar="N", help="%(default)s")
     args = parser.parse_args()
@@ -324,18 +303,17 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()), flush=True)
     with tempfile.TemporaryDirectory(prefix="ghnd-benchmark-") as folder:
         tempfile.tempdir = os.environ["TMPDIR"] = folder  # for whatever else makes folders
-        os.environ["TORCH_HOME"] = f"{folder}/torch"  # no index is cached yet
+        os.environ["TORCH_HOME"] = f"{folder}/hub"  # no index is cached yet
         args.teacher, args.bf16 = f"{folder}/teacher.pt", results["machine"]["bf16"]
         teacher = models.random_teacher("fasterrcnn", [torch.rand(3, 96, 128)], 0, 96, 160)
         torch.save(teacher.state_dict(), args.teacher)
         if args.benches != ["step"]:
             subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "--no-deps",
                                    "--target", folder, "torchdistill==0.0.1"])
-        for name in args.benches or BENCHES:
-            place = Path(folder, name)
-            data.write_demo_dataset(place, train=1, val=args.images)
-            globals()[f"bench_{name}"](
-                args, device, place, lambda *row: report(results, args.json, name, *row))
+        for name in args.benches or ("step", "load", "start", "evaluate"):
+            data.write_demo_dataset(Path(folder, name), train=1, val=args.images)
+            globals()[f"bench_{name}"](args, device, Path(folder, name), lambda *row: report(
+                results, args.json, name, *row))
 
 
 if __name__ == "__main__":

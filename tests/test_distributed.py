@@ -27,7 +27,7 @@ def collectives():
     assert norm.running_mean.tolist() == [1, 1] and norm.num_batches_tracked == 0
     assert norm.weight.tolist() == [rank, rank]
     distributed.log(f"said by {rank}")
-    sys.stdout.write(f"done {rank}\n")
+    print(f"done {rank}\n", end="", flush=True)
 
 
 @pytest.mark.parametrize("processes", [None, 2, 3])
@@ -120,7 +120,7 @@ def signalled():
     with distributed.noting_signals():
         if distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        sys.stdout.write(f"noted {distributed.noted_signal()}\n")
+        print(f"noted {distributed.noted_signal()}\n", end="", flush=True)
 
 
 def test_a_signal_of_one_process_is_known_to_all():

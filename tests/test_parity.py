@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torchvision.io
 from conftest import ARCHS, SIZES, same
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
@@ -23,19 +22,18 @@ import models
 import train
 
 
-def absent(reason):
-    """Skip a parity test, except in CI, where it must not be skipped."""
+def absent(reason):  # a parity test is skipped then, but may not be in CI
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 # ---- torchdistill 0.0.1, which made the published checkpoints ------------------------------------
 @pytest.fixture(scope="session")
 def original(tmp_path_factory):
-    """A function that runs original.py with torchdistill 0.0.1, installed in a folder of its own."""
+    """A function that runs original.py with torchdistill 0.0.1, installed in its own folder."""
     folder = tmp_path_factory.mktemp("torchdistill-0.0.1")
     pip = subprocess.run([
-        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder,
-        "torchdistill==0.0.1"], capture_output=True, text=True)
+        sys.executable, "-m", "pip", "install", "torchdistill==0.0.1", "--quiet", "--no-deps",
+        "--target", folder], capture_output=True, text=True)
     if pip.returncode:
         absent(f"torchdistill 0.0.1 cannot be installed: {pip.stderr.strip().splitlines()[-1]}")
     return lambda *args: subprocess.run(
@@ -74,11 +72,10 @@ def test_original_student_loads_our_checkpoint_strictly_and_computes_the_same(bo
     arch, student, _, seen = both_students
     assert seen["keys"] == list(student.state_dict())
     assert seen["best_value"] == 0.125 and seen["steps"] == 25
-    features, detections = outputs(student)
-    assert same(features, seen["features"]) and len(features) == 4
-    assert same(detections, seen["detections"])
+    features, detections = found = outputs(student)
+    assert same(found, (seen["features"], seen["detections"])) and len(features) == 4
     kinds = {"boxes", "scores", "labels"} | ({"masks"} if arch == "maskrcnn" else set())
-    assert all(found.keys() == kinds and len(found["boxes"]) > 1 for found in detections)
+    assert all(d.keys() == kinds and len(d["boxes"]) > 1 for d in detections)
     torch.manual_seed(5)  # layer1's modules, made in the same order, draw the same numbers
     initial = models.Bottleneck(3).state_dict()
     assert list(initial) == list(seen["initial"]) and same(initial, seen["initial"])
@@ -98,21 +95,19 @@ def test_batches_are_the_original_ones(original, tmp_path):
     rng = np.random.default_rng(0)
     sizes = [(640, 480), (480, 640), (640, 427), (500, 375), (640, 640), (640, 320), (200, 640),
              (640, 200)]
-    images, annotations = [], []
+    content = {"images": [], "annotations": [], "categories": [{"id": 1}]}
     for i in rng.permutation(np.arange(1, 1012)).tolist():
         w, h = sizes[i % len(sizes)] if i % 3 else rng.integers(100, 640, 2).tolist()
-        images.append({"id": i, "file_name": f"{i}.jpg", "width": w, "height": h})
+        content["images"].append({"id": i, "file_name": f"{i}.jpg", "width": w, "height": h})
         for _ in range(int(rng.integers(0, 4))):
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": i, "category_id": 1, "area": 1,
+            content["annotations"].append({
+                "id": len(content["annotations"]) + 1, "image_id": i, "category_id": 1, "area": 1,
                 "bbox": [0, 0, *rng.choice([0.5, 1, 1.5, 80], 2).tolist()],
                 "iscrowd": int(rng.random() < 0.3)})
     path, output = tmp_path / "instances.json", tmp_path / "theirs.json"
-    path.write_text(json.dumps(
-        {"images": images, "annotations": annotations, "categories": [{"id": 1}]}))
+    path.write_text(json.dumps(content))
     original("batches", path, output)
     theirs = json.loads(output.read_text())
-
     index = data.parse_annotations(path)
     index = index[index.usable]
     assert index.id.tolist() == theirs.pop("ids") and 100 < len(index) < 800
@@ -133,7 +128,6 @@ LAYERS = [f"seq.backbone.body.{name}" for name in models.DISTILLED]
 
 def box_config():
     """The published configuration, as data: its train section without the data loaders."""
-
     def term(layer):
         student, teacher = ({"is_from_teacher": is_teacher, "module_path": layer, "io": "output"}
                             for is_teacher in (False, True))
@@ -142,18 +136,17 @@ def box_config():
                                       "kwargs": {"input": student, "target": teacher}}}
 
     def model(frozen, requires_grad):
+        wrapper = {"key": "HeadRCNN", "kwargs": {"head_rcnn": {"sequential": ["backbone.body"]}}}
         return {"forward_proc": "forward_batch_only", "sequential": [], "frozen_modules": frozen,
                 "requires_grad": requires_grad, "forward_hook": {"input": [], "output": LAYERS},
-                "auxiliary_model_wrapper": {"key": "HeadRCNN", "kwargs": {
-                    "head_rcnn": {"sequential": ["backbone.body"]}}}}
+                "auxiliary_model_wrapper": wrapper}
 
-    return {
-        "num_epochs": 20, "train_data_loader": {}, "val_data_loader": {},
-        "teacher": model([], False), "student": model(LAYERS[1:], True),
-        "optimizer": {"key": "Adam", "kwargs": {"lr": 0.001}},
-        "scheduler": {"key": "MultiStepLR", "kwargs": {"milestones": [5, 15], "gamma": 0.1}},
-        "criterion": {"key": "WeightedSumLoss", "kwargs": {
-            "sub_terms": {layer.rsplit(".")[-1]: term(layer) for layer in LAYERS}}}}
+    terms = {layer.rsplit(".")[-1]: term(layer) for layer in LAYERS}
+    return {"num_epochs": 20, "train_data_loader": {}, "val_data_loader": {},
+            "teacher": model([], False), "student": model(LAYERS[1:], True),
+            "optimizer": {"key": "Adam", "kwargs": {"lr": 0.001}},
+            "scheduler": {"key": "MultiStepLR", "kwargs": {"milestones": [5, 15], "gamma": 0.1}},
+            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}}}
 
 
 def make_pair(path):
@@ -163,10 +156,7 @@ def make_pair(path):
 
 
 def train_original(path, batches, threads):
-    """Train with torchdistill's box, one batch an epoch.
-
-    Returns lr, loss and terms of each step, the student, and Adam.
-    """
+    """Train with its box, one batch an epoch; returns (lr, loss, terms) of steps, student, Adam."""
     try:
         from torchdistill.core.distillation import get_distillation_box
     except ImportError as error:
@@ -192,12 +182,10 @@ def train_original(path, batches, threads):
     return np.array(steps), student, box.optimizer
 
 
-class Loader(list):
-    batch_sampler = SimpleNamespace(batch_size=4)
-
-
 def train_ours(path, batches, monkeypatch):
     """The same with train.train, on one process with one micro-batch of 4 images a step."""
+    class Loader(list):
+        batch_sampler = SimpleNamespace(batch_size=4)
     experiment = replace(train.FASTERRCNN, images_per_step=4)
     teacher, student = (models.to_device(m, torch.device("cpu")) for m in make_pair(path))
     distiller = models.Distiller(teacher, student)
@@ -213,11 +201,6 @@ def train_ours(path, batches, monkeypatch):
     return np.array(steps), student, optimizer
 
 
-# their true gradient is zero, since a BatchNorm follows; Adam turns rounding noise into whole steps
-UNDETERMINED = ("decoder.3.bias", "decoder.8.bias", "decoder.5.running_mean",
-                "decoder.10.running_mean")
-
-
 def end_state(student, optimizer):
     """Every trained parameter, its Adam moments, and every BatchNorm buffer, by name."""
     state, body = {}, student.backbone.body
@@ -227,15 +210,17 @@ def end_state(student, optimizer):
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{prefix}{name} {moment}"] = optimizer.state[parameter][moment]
         state |= {prefix + name: buffer for name, buffer in module.named_buffers()}
-    return {key: value for key, value in state.items() if key.split()[0] not in UNDETERMINED}
+    # of true gradient zero, since a BatchNorm follows; Adam turns rounding noise into whole steps
+    undetermined = ("decoder.3.bias", "decoder.8.bias", "decoder.5.running_mean",
+                    "decoder.10.running_mean")
+    return {key: value for key, value in state.items() if key.split()[0] not in undetermined}
 
 
 @pytest.fixture
 def compare(teachers, monkeypatch):
     """A function that trains by us, the original, and the original with one thread, not two.
 
-    Returns the steps of these three, and for ours and the third run how far, by name and in norm,
-    end_state is off the second's: the third tells the original's own noise.
+    Returns the steps of all three; by name, how far in norm our end_state is off; and the third's.
     """
     def compare(dtype, steps):
         torch.set_default_dtype(dtype)  # also what uint8 / 255 becomes
@@ -298,7 +283,7 @@ def test_one_step_follows_the_original_in_float32(compare):
 @pytest.mark.parametrize("subsampling", [0, 1, 2])  # 4:4:4, 4:2:2, 4:2:0
 def test_decoded_pixels_are_pillows(pillow, mode, progressive, subsampling, tmp_path, monkeypatch):
     if pillow:
-        monkeypatch.delattr(torchvision.io, "decode_image")
+        monkeypatch.delattr("torchvision.io.decode_image")
     rng = np.random.default_rng(subsampling)
     for quality, (h, w) in ((75, (97, 131)), (95, (64, 64)), (30, (1, 17))):
         blocks = rng.integers(0, 256, (h // 8 + 1, w // 8 + 1, 3))
@@ -328,9 +313,8 @@ def test_batches_are_prepared_as_the_original_prepares_them(dataset, teachers):
     train.train(replace(train.FASTERRCNN, images_per_step=4), distiller, teacher.transform, loader,
                 torch.optim.SGD(stem.parameters()), train.Progress(), lambda **_: None)
     for keys, batch in zip(loader.batch_sampler, batches, strict=True):
-        images = [to_tensor(Image.open(folder / index.name[i]).convert("RGB")) for i, _ in keys]
-        images = [image.flip(-1) if flip else image
-                  for image, (_, flip) in zip(images, keys, strict=True)]
+        images = [to_tensor(Image.open(folder / index.name[i]).convert("RGB")).flip([-1] * flip)
+                  for i, flip in keys]
         assert same(batch, transform(images)[0].tensors)
         flips |= {flip for _, flip in keys}
     assert flips == {False, True} and len(batches) > 4

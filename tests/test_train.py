@@ -33,10 +33,11 @@ def test_experiments_are_the_published_ones(arch):
         "arch": arch, "bottleneck_channels": 3, "epochs": 20, "images_per_step": 12,
         "reference_batch": 4, "lr": 1e-3, "lr_drops": (5, 15), "lr_drop_factor": 0.1,
         "min_size": 800, "max_size": 1333, "seed": 0,
-        "published_final_box_map": PUBLISHED["reported"][arch]["bbox"],
-        "published_box_map": tuple(epoch.get("new_best_bbox_map") for epoch in published),
+        "published_box_map": {i: epoch["new_best_bbox_map"] for i, epoch in enumerate(published)
+                              if "new_best_bbox_map" in epoch},
         "published_loss": tuple(
             float(f"{epoch['loss']['9000'][1] / 1e6:.3f}e6") for epoch in published)}
+    assert evaluate.PUBLISHED[arch]["student"] == PUBLISHED["reported"][arch]
     steps = PUBLISHED["train_images_after_filtering"] // experiment.images_per_step
     assert steps == PUBLISHED[arch]["iterations_per_epoch"]
 
@@ -106,9 +107,10 @@ def test_a_step_has_the_same_loss_and_gradient_on_1_2_3_and_4_processes(teachers
     file = tmp_path / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
     content["images"] = content["images"][:12]
+    generator = torch.Generator().manual_seed(0)
     for image in content["images"]:
         image["width"], image["height"] = 128, 96
-        pixels = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)
+        pixels = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=generator)
         data.to_pil_image(pixels).save(tmp_path / "train2017" / image["file_name"])
         content["annotations"].append({**content["annotations"][0], "image_id": image["id"]})
     file.write_text(json.dumps(content))
@@ -140,8 +142,7 @@ def test_a_step_has_the_same_loss_and_gradient_on_1_2_3_and_4_processes(teachers
     loss.backward()
     assert alone["loss"] == pytest.approx(loss.item(), rel=1e-5)
     wanted = student.backbone.body.conv1.weight.grad
-    torch.testing.assert_close(alone["grads"]["0.weight"], wanted, rtol=1e-3,
-                               atol=1e-4 * wanted.abs().max().item())
+    assert (alone["grads"]["0.weight"] - wanted).norm() < 1e-3 * wanted.norm()
 
 
 # ---- whole runs
@@ -165,9 +166,9 @@ def test_a_run_on_three_processes_reports_what_it_did(three_processes):
     step = steps[0]
     assert step["loss"] == epochs[0]["loss"] > 0 and len(step["relative_errors"]) == 4
     assert step["lr"] == 1e-3 and step["images_per_second"] > 0
-    assert 0 <= step["data_wait"] <= 1 and step["eta_seconds"] == 0
+    assert 0 <= step["data_wait"] <= 1 and step["hours_left"] == 0
     log = (folder / "maskrcnn" / "train.log").read_text()
-    for text in ("epoch 0 step 2/2 loss", "relative errors", "img/s", "ETA", "data wait", "MiB",
+    for text in ("epoch 0 step 2/2 loss", "relative errors", "img/s", "h left", "data wait", "MiB",
                  "0.379", "0.336"):
         assert text in process.stdout and text in log
     assert process.stdout.count("epoch 0 step 2/2") == 1
