@@ -10,12 +10,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 logger = logging.getLogger("ghnd")
 log = logger.info
@@ -23,7 +21,7 @@ USER_ERRORS = (argparse.ArgumentError, OSError, ValueError, FloatingPointError) 
 PEER_DIED = ("by peer", "Broken pipe", "remote process exited")  # as gloo and nccl say it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what clusters send
 PATIENCE = 10  # seconds that the first process has to tell the reason and end everybody
-_noted = 0     # the signal that noting_signals has met
+_noted = 0  # the signal that noting_signals has met
 
 
 def rank() -> int:
@@ -34,38 +32,29 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its usage errors, so that N processes tell them once."""
-
-    def error(self, message: str) -> None:
-        raise argparse.ArgumentError(None, f"{message} (--help lists the flags)")
-
-
 def run(main: Callable[[], None]) -> None:
     """Run a script's main and exit: with 0, sys.exit's status, 2 for wrong usage, 1 for any error.
 
-    The first process tells its error at once, USER_ERRORS in a line, and leaves; torchrun then ends
-    the others. These, and who only sees that a peer is gone, wait for that before they speak.
+    The first process tells its error at once, and torchrun then ends the others; these, and who
+    only sees that a peer is gone, wait for that before they speak.
     """
     logger.setLevel(logging.DEBUG if rank() == 0 else logging.CRITICAL)
     logger.addHandler(console := logging.StreamHandler(sys.stdout))
     console.setLevel(logging.INFO)
     logging.raiseExceptions = False  # lest a full disk's log bury the one message
-    status = 0
     try:
-        main()
-        barrier()
-    except SystemExit as stop:
-        status = stop.code or 0
+        status = main() or barrier() or 0
     except Exception as error:
         status = _tell(error)
+    except SystemExit as stop:
+        status = stop.code
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     logger.handlers.clear()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch misses its loader's workers,
+    for worker in multiprocessing.active_children():  # who ignore signals and hold our sockets
+        worker.kill()
     if dist.is_initialized():  # a normal exit may wait for peers that wait, or abort inside gloo
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch misses its loader's workers,
-        for worker in multiprocessing.active_children():  # who hold copies of our sockets
-            worker.kill()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -75,49 +64,46 @@ def _tell(error: Exception) -> int:
     if isinstance(error, USER_ERRORS):  # in a loader's worker, the message follows its traceback
         message = str(error).strip().rsplit(f"\n{type(error).__name__}: ", 1)[-1]
     peer_died = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_DIED)
-    if peer_died or rank() > 0:
-        time.sleep(0 if _noted else PATIENCE)
-    if _noted and peer_died:  # it was asked to end, as its peers were
+    if peer_died and _noted:  # all were asked to end
         return 128 + _noted
+    if peer_died or rank() > 0:
+        time.sleep(PATIENCE)
+        message = "another process died, which tells why" if peer_died else message
     logger.debug("%s", full)  # for the log file
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-        print(f"{Path(sys.argv[0]).name}: error: "
-              f"{'another process died, which tells why' if peer_died else message}",
-              file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
 def set_up(device: str = "auto") -> torch.device:
-    """Choose this process's device and, where there are several processes, form their group.
+    """Choose a device ("auto", "cuda" or "cpu") and, where there are several processes, join them.
 
-    device: "auto" (cuda if there is one), "cuda" or "cpu". CUDA tensors go through nccl, others and
-    objects through gloo. Raises ValueError, on all of a machine's processes, if it lacks GPUs.
+    Raises ValueError, on all processes of a machine alike, where it has too few GPUs.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if device == "cuda" and gpus < here:
-        raise ValueError(f"--device cuda: this machine has {gpus} GPUs for {here} processes; lower "
-                         "--nproc_per_node or use --device cpu")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if gpus < here:
+            raise ValueError(f"--device cuda: this machine has {gpus} GPUs for {here} processes; "
+                             "lower --nproc_per_node or use --device cpu")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
     if world_size() > 1:  # torchrun's store outlives a restart, with the dead's addresses in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
                                  next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", store=store,
                                 rank=rank(), world_size=world_size())
-    return torch.device(f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu")
+    return torch.device(device)
 
 
 @contextlib.contextmanager
 def noting_signals() -> Iterator[None]:
-    """Only note SIGNALS within the block, for noted_signal; after one, Ctrl-C acts as usual again.
-
-    The others stay noted: a cluster signals every process, and torchrun then does so once more.
-    """
+    """Only note SIGNALS within the block; after one, Ctrl-C acts as usual again, to end a hang."""
     def note(number: int, frame: object) -> None:
         global _noted
         _noted = _noted or number
+        # the others stay: a cluster signals each process, and torchrun then does so once more
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
@@ -129,10 +115,7 @@ def noting_signals() -> Iterator[None]:
 
 
 def noted_signal() -> int:
-    """Return, on all processes alike, a signal that one of them has noted, or 0.
-
-    Cheap enough for every step (a CPU collective); raises at once if a process has died.
-    """
+    """Return, on all processes alike, a signal that one of them has noted, or 0."""
     number = torch.tensor(_noted)
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -161,7 +144,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     """Add up a tensor of every process, on the CPU; this waits for the device."""
     values = values.cpu()
     if dist.is_initialized():
@@ -170,11 +153,10 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait for all processes, on the CPU and so without a claim on any GPU."""
-    sum_over_processes(torch.zeros(1))
+    sum_over_processes(torch.zeros(1))  # on the CPU, so that it waits for no GPU
 
 
-def broadcast_buffers(module: nn.Module) -> None:
+def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every process the main process's buffers (BatchNorm's running statistics)."""
     for buffer in module.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)

@@ -1,8 +1,9 @@
 """COCO box and mask mAP of a student checkpoint, beside its teacher's and the published figures.
 
-    python evaluate.py --ckpt coco/ghnd/coco2017-custom_maskrcnn_..._fpn.pt --teacher
+    python evaluate.py --ckpt coco/ghnd/coco2017-custom_maskrcnn_..._fpn.pt --teacher --bits 32 8
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -21,6 +22,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.ops import box_convert
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import data
 import distributed
@@ -28,50 +31,49 @@ import models
 from distributed import log
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-KINDS = {"fasterrcnn": ("bbox",), "maskrcnn": ("bbox", "segm")}  # of results, as COCOeval has them
 PUBLISHED = {  # AP of torchvision's COCO_V1 weights, and of the students (arXiv 2011.12913)
     "fasterrcnn": {"teacher": {"bbox": 0.370}, "student": {"bbox": 0.359}},
     "maskrcnn": {"teacher": {"bbox": 0.379, "segm": 0.346},
                  "student": {"bbox": 0.369, "segm": 0.336}},
 }
-PROGRESS_EVERY = 15  # seconds
+CERTAIN = 0.5  # the score from which a detection is drawn, or is a truth to agree with
+SILENCE = contextlib.redirect_stdout(io.StringIO())  # for pycocotools, which prints
 
-Figures = dict[str, list[float]]  # for each kind the 12 FIGURES
+Results = list[dict[str, Any]]    # in COCO's format
+Figures = dict[str, list[float]]  # for "bbox" and, of a Mask R-CNN, "segm": the 12 FIGURES
 
 
 class ValSet:
-    """The first `limit` images of val2017 and all annotations, made ready for kinds of results.
+    """The first `limit` images of val2017 and all annotations, made ready for a kind of detector.
 
-    Raises FileNotFoundError or ValueError, naming what is missing or broken.
+    Raises FileNotFoundError or ValueError, naming what is missing, broken or beyond the detector.
     """
 
-    def __init__(self, data_dir: Path, kinds: Sequence[str], limit: int | None = None) -> None:
+    def __init__(self, data_dir: Path, detector: nn.Module, limit: int | None = None) -> None:
         self.index, self.folder = data.load_split(data_dir, "val", limit)
-        self.kinds, self.coco = kinds, COCO()
+        self.kinds = ("bbox", "segm") if detector.roi_heads.has_mask() else ("bbox",)
+        classes = detector.roi_heads.box_predictor.cls_score.out_features  # with the background
         annotation_file = data_dir / "annotations" / "instances_val2017.json"
-        with data.reading(annotation_file), contextlib.redirect_stdout(io.StringIO()):
-            self.coco.dataset = json.loads(annotation_file.read_bytes())
-            self.coco.createIndex()
+        with data.reading(annotation_file), SILENCE:
+            self.coco = COCO(annotation_file)
             np.array(list(self.coco.anns), dtype=float)  # as COCOeval notes ids of what is found
-            for kind in kinds:  # better a broken annotation is met now than after the detector
+            if max(self.coco.cats) >= classes:
+                raise ValueError(f"category {max(self.coco.cats)} is not of {classes - 1} classes")
+            for kind in self.kinds:  # better a broken annotation is met now than after the detector
                 evaluation = COCOeval(self.coco, COCO(), kind)
                 evaluation.params.useCats = 0  # all categories at once
                 evaluation.evaluate()
 
-
 # ---- from images to COCO results -----------------------------------------------------------------
 @torch.inference_mode()
-def to_coco(
-    image_id: int, detector: nn.Module, found: dict[str, Tensor], resized: tuple[int, int],
-    original: tuple[int, int],
-) -> list[dict[str, Any]]:
-    """Turn what models.detect found in an image into COCO results, on the CPU, in its order.
+def to_coco(image_id: int, detector: nn.Module, found: dict[str, Tensor], resized: tuple[int, int],
+            original: tuple[int, int]) -> Results:
+    """Turn what models.detect found in an image, and its sizes, into COCO results, on the CPU.
 
-    resized, original: (h, w) of the image as the detector saw it and as the file has it.
     Returns N dicts: image_id, category_id, bbox (x y w h in pixels of the original), score, and for
     Mask R-CNN segmentation: the RLE of the mask that torchvision pastes, cut at 0.5.
     """
-    found = detector.transform.postprocess([found], [resized], [original])[0]
+    found = detector.transform.postprocess([dict(found)], [resized], [original])[0]
     columns = {"category_id": found["labels"].tolist(),  # COCO's ids themselves
                "bbox": box_convert(found["boxes"], "xyxy", "xywh").tolist(),
                "score": found["scores"].tolist()}
@@ -85,44 +87,47 @@ def to_coco(
 
 @torch.inference_mode()
 def run_detector(
-    detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str
-) -> list[dict[str, Any]]:
+    detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str,
+    bits: int | None = None,
+) -> tuple[Results, np.ndarray]:
     """Run a detector over all images, each on one process; the device only detects, and a thread
     makes the results of an image while it sees the next.
 
-    Returns all COCO results, on every process, in the order of the index.
+    bits: go through models.split's head, bytes and tail. Returns, on every process, all results in
+    the index's order and, of images sent, bytes of the payload and before zlib, seconds in head and
+    tail: (images, 4).
     """
     models.to_device(detector, device).eval()
+    head, tail = models.split(detector, bits) if bits else (None, None)
     loader = data.val_loader(val.index, val.folder, workers)
     image_ids = val.index.id[distributed.rank()::distributed.world_size()].tolist()
-    results, pending = [], None
-    begin = reported = time.monotonic()
+    results, sent, pending = [], [], None
+    begin = reported = time.perf_counter()
     with ThreadPoolExecutor(1) as thread:
         for done, (image_id, image) in enumerate(zip(image_ids, loader, strict=True), start=1):
-            images, _ = detector.transform([image.to(device, non_blocking=True) / 255])
-            found = models.detect(detector, images, detector.backbone.body(images.tensors))
+            image, start = image.to(device, non_blocking=True) / 255, time.perf_counter()
+            payload = head(image) if head else None
+            middle = time.perf_counter()
+            found, *sizes = tail.detect(payload) if tail else models.detect(detector, image)
             found = {name: values.cpu() for name, values in found.items()}
+            now = time.perf_counter()
+            if head:
+                sent.append((len(payload), models.raw_size(payload), middle - start, now - middle))
             if pending is not None:  # one at a time bounds the memory
                 results.append(pending.result())
-            pending = thread.submit(to_coco, image_id, detector, found, images.image_sizes[0],
-                                    tuple(image.shape[1:]))
-            if (now := time.monotonic()) - reported > PROGRESS_EVERY:
-                reported, speed = now, done / (now - begin)
-                log(f"{title}: image {done}/{len(image_ids)} of this process, {speed:.2f} img/s, "
-                    f"{(len(image_ids) - done) / speed:.0f} s left")
+            pending = thread.submit(to_coco, image_id, detector, found, *sizes)
+            if now - reported > 15:
+                reported, left = now, (now - begin) / done * (len(image_ids) - done)
+                log(f"{title}: image {done}/{len(image_ids)} of this process, {left:.0f} s left")
         if pending is not None:
             results.append(pending.result())
     by_position = itertools.zip_longest(*distributed.gather(results), fillvalue=[])
-    return list(itertools.chain.from_iterable(itertools.chain.from_iterable(by_position)))
-
+    results = itertools.chain.from_iterable(itertools.chain.from_iterable(by_position))
+    return list(results), np.array(sum(distributed.gather(sent), []))
 
 # ---- from results to figures ---------------------------------------------------------------------
-def results_of_kind(results: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Copy COCO results with their boxes or their masks alone.
-
-    Given both, pycocotools would take the areas of masks from their boxes and shift AP small,
-    medium and large.
-    """
+def results_of_kind(results: Iterable[dict[str, Any]], kind: str) -> Results:
+    """Copy COCO results with their boxes or masks alone, lest masks get the areas of boxes."""
     drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
     return [{key: value for key, value in r.items() if key != drop} for r in results]
 
@@ -139,7 +144,7 @@ def coco_figures(
     categories = sorted(coco.getCatIds())
     mine = set(categories[rank::world_size])
     results = results_of_kind((r for r in results if r["category_id"] in mine), kind)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and its table
+    with SILENCE:
         found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
         evaluation = COCOeval(coco, found, kind)
         evaluation.params.imgIds = list(image_ids)
@@ -155,39 +160,91 @@ def coco_figures(
     return np.asarray(evaluation.stats).tolist()
 
 
-def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: int = 4,
-             title: str = "evaluation", save_to: Path | None = None) -> Figures:
-    """Compute COCO's figures of a detector over a ValSet, on any number of processes alike.
+def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str,
+             bits: int | None = None) -> tuple[Figures, Results, np.ndarray]:
+    """Return a detector's figures, and what run_detector does, on any number of processes alike."""
+    results, sent = run_detector(detector, val, device, workers, title, bits)
+    figures = {kind: coco_figures(val.coco, results, val.index.id.tolist(), kind)
+               for kind in val.kinds}
+    return figures, results, sent
 
-    Every image is seen by exactly one process, every category matched by one.
-    save_to: also write the results, in COCO's format: boxes to this file and, for Mask R-CNN,
-    masks to the same name ending in .segm.json. Returns the Figures on every process.
+
+def agreement(val: ValSet, teacher: Results, student: Results) -> Figures:
+    """Return the student's figures with what the teacher is CERTAIN of as ground truth.
+
+    It needs no labels and is 1 for the teacher itself. To be called on all processes.
     """
-    results = run_detector(detector, val, device, workers, title)
-    for kind in val.kinds if save_to is not None and distributed.rank() == 0 else ():
-        path = save_to if kind == "bbox" else save_to.with_suffix(".segm.json")
-        path.write_text(json.dumps(results_of_kind(results, kind)))
-        log(f"{len(results)} {kind} results written to {path}")
-    return {kind: coco_figures(val.coco, results, val.index.id.tolist(), kind)
-            for kind in val.kinds}
+    figures = {}
+    for kind in val.kinds:
+        coco, truths = COCO(), [r for r in teacher if r["score"] >= CERTAIN]
+        areas = [int(coco_mask.area(r["segmentation"])) if kind == "segm"
+                 else r["bbox"][2] * r["bbox"][3] for r in truths]
+        coco.dataset = {**val.coco.dataset, "annotations": [
+            {**truth, "id": i, "area": area, "iscrowd": 0}
+            for i, (truth, area) in enumerate(zip(truths, areas), start=1) if area > 0]}
+        with SILENCE:
+            coco.createIndex()
+        figures[kind] = coco_figures(coco, student, val.index.id.tolist(), kind)
+    return figures
 
 
-def table(figures: dict[str, Figures], arch: str) -> str:
-    """Format the figures of "teacher" and "student", with the published AP in the last column."""
-    lines = [f"{'':14}" + "".join(f"{name:>8}" for name in FIGURES) + "   AP published"]
-    for who, kinds in figures.items():
-        for kind, values in kinds.items():
-            row = "".join(f"{value:8.4f}" for value in values)
-            lines.append(f"{who + ' ' + kind:14}{row}   {PUBLISHED[arch][who][kind]:.3f}")
-    return "\n".join(lines)
+def table(rows: dict[str, Figures], student: nn.Module) -> str:
+    """Format figures, by name, with the published AP beside a "teacher" and "student" like them."""
+    heads, layer1 = student.roi_heads, student.backbone.body["layer1"]
+    like = (heads.box_predictor.cls_score.out_features, len(layer1.encoder[7].weight)) == (91, 3)
+    published = PUBLISHED["maskrcnn" if heads.has_mask() else "fasterrcnn"] if like else {}
+    lines = [f"{'':15}" + "".join(f"{name:>8}" for name in FIGURES) + "   AP published" * like]
+    for who, figures in rows.items():
+        for kind, values in figures.items():
+            lines.append(f"{who + ' ' + kind:15}" + "".join(f"{value:8.4f}" for value in values)
+                         + f"   {published.get(who, {}).get(kind, '')}")
+    return "\n".join(map(str.rstrip, lines))
 
+
+def rate_table(rate: list[dict[str, Any]], head: dict[str, int]) -> str:
+    """Format what main makes of each number of bits, and the size of the head."""
+    kinds = rate[0]["figures"]
+    lines = ["bits" + "".join(f"  AP {k}" for k in kinds) + "   bytes of JPEG  head s  tail s"]
+    for row in rate:
+        share = row["payload_bytes"] / row["jpeg_bytes"]
+        lines.append(f"{row['bits']:4}" + "".join(f"{row['figures'][k][0]:9.4f}" for k in kinds)
+                     + f"{row['payload_bytes']:8.0f}{share:8.1%}"
+                     f"{row['head_seconds']:8.4f}{row['tail_seconds']:8.4f}")
+    return "\n".join(lines) + ("\nhead: {parameters:,} of the student's {student_parameters:,} "
+                               "parameters, 32 bits each".format(**head))
+
+
+def draw(val: ValSet, columns: Sequence[Results], folder: Path, count: int) -> None:
+    """Write the first images of a ValSet, each as often as there are columns of results, by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for image_id, name in zip(val.index.id[:count].tolist(), val.index.name):
+        panels = []
+        for results in columns:
+            panels.append(data.read_image(val.folder / name))
+            mine = [r for r in results if r["image_id"] == image_id and r["score"] >= CERTAIN]
+            for r in mine if "segm" in val.kinds else ():
+                mask = torch.from_numpy(coco_mask.decode(r["segmentation"])).bool()
+                panels[-1] = draw_segmentation_masks(panels[-1], mask, 0.5, "red")
+            if mine:
+                boxes = box_convert(torch.tensor([r["bbox"] for r in mine]), "xywh", "xyxy")
+                names = [val.coco.cats.get(r["category_id"], {}).get("name", "?") for r in mine]
+                titles = [f"{name} {r['score']:.2f}" for name, r in zip(names, mine)]
+                panels[-1] = draw_bounding_boxes(panels[-1], boxes, titles, "yellow", width=2)
+        to_pil_image(torch.cat(panels, dim=2)).save(folder / f"{Path(name).stem}.jpg")
 
 # ---- the command ---------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises its usage errors, so that N processes tell them once."""
+
+    def error(self, message: str) -> None:
+        raise argparse.ArgumentError(None, f"{message} (--help lists the flags)")
+
+
 def positive(text: str) -> int:
     """Parse an integer from 1 up, for argparse."""
-    if (value := int(text)) < 1:
+    if int(text) < 1:
         raise ValueError
-    return value
+    return int(text)
 
 
 def path(text: str) -> Path:
@@ -195,50 +252,70 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def add_common_flags(parser: distributed.Parser) -> None:
+def add_common_flags(parser: Parser) -> None:
     """Add the flags that train.py and evaluate.py share."""
-    parser.add_argument("--data-dir", type=path, default="~/datasets/coco2017", metavar="DIR",
-                        help="folder with COCO's train2017/, val2017/, annotations/ (%(default)s)")
-    parser.add_argument("--teacher-ckpt", type=path, metavar="FILE",
-                        help="the teacher, a torchvision state dict (default: download COCO_V1)")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto",
-                        help="where to run; auto is cuda if there is a GPU (%(default)s)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
-                        help="image-loading processes per process, 0 for none (%(default)s)")
-    parser.add_argument("--limit-val", type=positive, metavar="N",
-                        help="use only the first N images of val2017")
-    parser.add_argument("--min-size", type=positive, default=800, metavar="PX",
-                        help="resize the shorter side of images to this (%(default)s)")
-    parser.add_argument("--max-size", type=positive, default=1333, metavar="PX",
-                        help="resize the longer side of images to at most this (%(default)s)")
+    flag = parser.add_argument
+    flag("--data-dir", type=path, default="~/datasets/coco2017", metavar="DIR",
+         help="folder with COCO's train2017/, val2017/, annotations/ (%(default)s)")
+    flag("--teacher-ckpt", type=path, metavar="FILE",
+         help="the teacher, a torchvision state dict (default: download COCO_V1)")
+    flag("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is one")
+    flag("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+         help="image-loading processes per process, 0 for none (%(default)s)")
+    flag("--limit-val", type=positive, metavar="N", help="use only the first N images of val2017")
+    flag("--min-size", type=positive, default=800, metavar="PX", help="shorter side (%(default)s)")
+    flag("--max-size", type=positive, default=1333, metavar="PX", help="longer side (%(default)s)")
 
 
 def main() -> None:
-    parser = distributed.Parser(description="COCO figures of a GHND student, by pycocotools.")
-    parser.add_argument("--ckpt", type=path, required=True, metavar="FILE",
-                        help="the student's checkpoint, ours or torchdistill's")
-    parser.add_argument("--teacher", action="store_true", help="evaluate the teacher too")
-    parser.add_argument("--save-detections", type=path, metavar="FILE",
-                        help="write the student's results, in COCO's format, to this .json file")
+    parser = Parser(description="COCO figures of a GHND student, by pycocotools.")
+    flag = parser.add_argument
+    flag("--ckpt", type=path, required=True, metavar="FILE",
+         help="the student's checkpoint, ours or torchdistill's")
+    flag("--teacher", action="store_true", help="evaluate the teacher, and agreement with it, too")
+    flag("--bits", type=int, nargs="+", choices=[*range(1, 9), 16, 32], metavar="N",
+         help="send images through head, bytes and tail, with 32, 16 or 1 to 8 bits a value")
+    flag("--save-detections", type=path, metavar="FILE",
+         help="write the student's results, in COCO's format, to this .json file")
+    flag("--pictures", type=path, metavar="DIR",
+         help="draw what teacher (left) and student find in --limit-val images, or in 20")
     add_common_flags(parser)
     args = parser.parse_args()
-    device = distributed.set_up(args.device)
-    sizes = args.min_size, args.max_size
+    device, sizes = distributed.set_up(args.device), (args.min_size, args.max_size)
     student, arch = distributed.from_main(models.load_student, args.ckpt, *sizes)
-    detectors = {"student": student}
-    if args.teacher or args.teacher_ckpt:
-        teacher = distributed.from_main(models.load_teacher, arch, args.teacher_ckpt, *sizes)
-        detectors = {"teacher": teacher, **detectors}
+    val = ValSet(args.data_dir, student, args.limit_val)
     if args.save_detections:
         args.save_detections.open("a").close()  # better to fail now than after an hour
-    val = ValSet(args.data_dir, KINDS[arch], args.limit_val)
     log(f"{args.ckpt}: {arch}; {len(val.index)} images, {distributed.world_size()} x {device.type}")
-    figures = {}
-    for who, detector in detectors.items():
-        save_to = args.save_detections if who == "student" else None
-        figures[who] = evaluate(detector, val, device, args.workers, who, save_to)
-    log(table(figures, arch))
-    log(json.dumps(figures))
+    rows, summary, common = {}, {}, (val, device, args.workers)
+    if args.teacher or args.teacher_ckpt or args.pictures:
+        teacher = distributed.from_main(models.load_teacher, arch, args.teacher_ckpt, *sizes)
+        rows["teacher"], truths, _ = evaluate(teacher, *common, "teacher")
+    if not args.bits:
+        rows["student"], results, _ = evaluate(student, *common, "student")
+    else:  # with most bits, it is told as the student
+        runs = {bits: evaluate(student, *common, f"{bits} bits", bits) for bits in args.bits}
+        rows["student"], results, _ = runs[max(runs)]
+        jpeg_bytes = float(np.mean([os.path.getsize(val.folder / name) for name in val.index.name]))
+        rate = [{"bits": bits, "figures": figures,
+                 "payload_bytes": sent[:, 0].mean(), "raw_bytes": sent[:, 1].mean(),
+                 "jpeg_bytes": jpeg_bytes, "head_seconds": np.median(sent[:, 2]),
+                 "tail_seconds": np.median(sent[:, 3])} for bits, (figures, _, sent) in runs.items()]
+        head, whole = (sum(p.numel() for p in part.parameters())
+                       for part in (models.split(student)[0].network, student))
+        summary = {"rate": rate, "head": {"parameters": head, "student_parameters": whole}}
+        log(rate_table(**summary))
+    if "teacher" in rows:
+        rows["agreement"] = agreement(val, truths, results)
+    if args.pictures:
+        distributed.from_main(draw, val, (truths, results), args.pictures, args.limit_val or 20)
+    for kind in val.kinds if args.save_detections and distributed.rank() == 0 else ():
+        file = args.save_detections
+        file = file if kind == "bbox" else file.with_suffix(".segm.json")
+        file.write_text(json.dumps(results_of_kind(results, kind)))
+        log(f"{len(results)} {kind} results written to {file}")
+    log(table(rows, student))
+    log(json.dumps({**rows, **summary}))
 
 
 if __name__ == "__main__":

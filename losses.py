@@ -21,14 +21,16 @@ def squared_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
         F.mse_loss(widened(s), widened(t), reduction="sum") for s, t in zip(student, teacher)])
 
 
-def ghnd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Add up the squared feature differences of all distilled layers (arXiv 2007.15818, Eq. 2).
+def ghnd_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float] = (1, 1, 1, 1)
+) -> tuple[Tensor, Tensor]:
+    """Add up the weighted squared errors of all distilled layers (arXiv 2007.15818, Eq. 2).
 
-    L = sum_j ||s_j - t_j||^2: sums, not means, so L grows with B * H * W (published, B = 4: 6.5e7
-    to 9.5e5). As squared_errors; returns the loss, a scalar, and its terms, (layers,), detached.
+    L = sum_j w_j ||s_j - t_j||^2: sums, not means, so L grows with B * H * W. Returns the loss, a
+    scalar, and its terms without their weights, (layers,), detached.
     """
     errors = squared_errors(student, teacher)
-    return errors.sum(), errors.detach()
+    return errors @ errors.new_tensor(weights), errors.detach()
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ import contextlib
 import copy
 import itertools
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,22 +24,25 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
-NUM_CLASSES = 91  # COCO's category ids go up to 90; 0 is the background
 DETECTORS = {"fasterrcnn": FasterRCNN, "maskrcnn": MaskRCNN}
+STEM = ("conv1", "bn1", "relu", "maxpool")
 DISTILLED = ("layer1", "layer2", "layer3", "layer4")
+CLASSES = "roi_heads.box_predictor.cls_score.weight"  # which has as many rows
 
 # ---- detectors -----------------------------------------------------------------------------------
-def build_detector(arch: str, min_size: int = 800, max_size: int = 1333) -> nn.Module:
+def build_detector(
+    arch: str, min_size: int = 800, max_size: int = 1333, classes: int = 91
+) -> nn.Module:
     """Build torchvision's {arch}_resnet50_fpn without weights, frozen, in eval mode.
 
-    min_size, max_size: pixels, the sides that the detector's own transform resizes to. Its
-    FrozenBatchNorm2d have eps 0, as COCO_V1 and the published students were made; torchvision sets
-    that only when it downloads COCO_V1 itself, and its constructors default to 1e-5.
+    min_size, max_size: pixels, the sides that the detector's own transform resizes to. classes:
+    COCO's category ids go up to 90, 0 is the background. FrozenBatchNorm2d has eps 0, by which the
+    published weights were made; torchvision's own default for them is 1e-5.
     """
     norm_layer = partial(FrozenBatchNorm2d, eps=0.0)
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=norm_layer, trainable_layers=0)
-    detector = DETECTORS[arch](backbone, NUM_CLASSES, min_size=min_size, max_size=max_size)
+    detector = DETECTORS[arch](backbone, classes, min_size=min_size, max_size=max_size)
     return detector.eval().requires_grad_(False)
 
 
@@ -58,7 +63,7 @@ def load_teacher(
                           "elsewhere and name the file with --teacher-ckpt") from error
     else:
         state = detector_state(load_checkpoint(path), path)
-    teacher = build_detector(arch, min_size, max_size)
+    teacher = build_detector(arch, min_size, max_size, len(state.get(CLASSES, "no")))
     load_weights(teacher, state, path or weights.url)
     return teacher
 
@@ -95,8 +100,9 @@ class Bottleneck(nn.Module):
     Bottleneck4LargeResNet, which made the published checkpoints.
     """
 
-    def __init__(self, channels: int = 3) -> None:
+    def __init__(self, channels: int = 3, bits: int | None = None) -> None:
         super().__init__()
+        self.bits = bits  # None, or as in quantise: what is sent in eval mode
         down = partial(nn.Conv2d, kernel_size=2, padding=1, bias=False)
         up = partial(nn.Conv2d, kernel_size=2, bias=False)
         self.encoder = nn.Sequential(
@@ -114,7 +120,10 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.encoder(x))
+        z = self.encoder(x)
+        if self.bits is not None and not self.training:  # image by image, as they are sent
+            z = torch.stack([restore(*quantise(image, self.bits)) for image in z])
+        return self.decoder(z)
 
 
 def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module:
@@ -160,9 +169,8 @@ class Distiller(nn.Module):
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         super().__init__()
         folded, body = fold_frozen_bn(teacher.backbone.body), student.backbone.body
-        stem = ("conv1", "bn1", "relu", "maxpool", "layer1")
-        self.teacher_stem = nn.Sequential(*(folded[name] for name in stem))
-        self.student_stem: nn.Module = nn.Sequential(*(body[name] for name in stem))
+        self.teacher_stem = nn.Sequential(*(folded[name] for name in (*STEM, "layer1")))
+        self.student_stem: nn.Module = nn.Sequential(*(body[name] for name in (*STEM, "layer1")))
         self.shared_layers = nn.ModuleList(folded[name] for name in DISTILLED[1:])
 
     def forward(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -179,19 +187,129 @@ class Distiller(nn.Module):
         return maps
 
 
-# ---- detection -----------------------------------------------------------------------------------
-def detect(detector: nn.Module, images: ImageList, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Go from the body's maps of one image to its detections: FPN, RPN and RoI heads.
+# ---- detection, whole or in two halves -----------------------------------------------------------
+Found = tuple[dict[str, Tensor], tuple[int, int], tuple[int, int]]
 
-    images: as the detector's transform gives it; only its sizes are read. maps: what backbone.body
-    gives for it. Returns boxes (N, 4) x0 y0 x1 y1 in pixels of the resized image, labels (N,),
-    scores (N,) and for Mask R-CNN masks (N, 1, 28, 28) in [0, 1], each inside its box. This is
-    torchvision's GeneralizedRCNN.forward but for detector.transform.postprocess, the last step.
+
+def detect(detector: nn.Module, image: Tensor) -> Found:
+    """Run a detector on a float image (3, h, w) in [0, 1], but for its last step, the resizing.
+
+    Returns what it finds, boxes (N, 4) x0 y0 x1 y1 in pixels of the resized image, labels (N,),
+    scores (N,) and of a Mask R-CNN masks (N, 1, 28, 28) in [0, 1], each inside its box; then (h, w)
+    of the resized and the original image, as detector.transform.postprocess wants all three.
     """
+    images, _ = detector.transform([image])
+    found = detect_from(detector, detector.backbone.body(images.tensors), images)
+    return found, images.image_sizes[0], tuple(image.shape[1:])
+
+
+def detect_from(detector: nn.Module, maps: dict[str, Tensor], images: ImageList) -> dict[str, Tensor]:
+    """Go from the body's maps of one image to detections, as torchvision's GeneralizedRCNN does."""
     features = detector.backbone.fpn(maps)
-    proposals, _ = detector.rpn(images, features)
+    proposals, _ = detector.rpn(images, features)  # of images, only the sizes are read
     return detector.roi_heads(features, proposals, images.image_sizes)[0][0]
 
+
+def quantise(x: Tensor, bits: int) -> tuple[Tensor, float, int]:
+    """Return what is sent for x, of any shape, its scale and its zero point; restore takes these.
+
+    32 and 16 bits are floats. For 1 to 8: scale = (max - min) / (2^bits - 1), zero = -min / scale,
+    q = round(zero + x / scale), both clamped to [0, 2^bits - 1], q in uint8 (Jacob et al., CVPR
+    2018). This is torchdistill 1.1.5's quantize_tensor, bit for bit, but restores constants too.
+    """
+    if bits > 8:
+        return x.to(DTYPES[bits]), 1.0, 0
+    low, top = x.min(), 2**bits - 1
+    scale = (x.max() - low) / top
+    if scale == 0:
+        scale = low.abs() if low != 0 else torch.ones_like(low)
+    zero = int((-low / scale).clamp(0, top))
+    return (zero + x / scale).clamp(0, top).round().byte(), scale.item(), zero
+
+
+def restore(q: Tensor, scale: float, zero: int) -> Tensor:
+    """Undo quantise, in float32 (torchdistill 1.1.5's dequantize_tensor)."""
+    return scale * (q.float() - zero)
+
+
+# version, bits, channels, (h, w) of the original, resized and padded image, scale, zero point
+HEADER, VERSION = struct.Struct("<BBH6HfB"), 1
+DTYPES = {16: torch.float16, 32: torch.float32}  # of what is sent; uint8 for fewer bits
+
+
+def split(student: nn.Module, bits: int = 8) -> tuple["Head", "Tail"]:
+    """Cut a student at its bottleneck: head(image) -> bytes, tail(bytes) -> detections.
+
+    They share its modules. tail(head(image)) equals the student whose layer1.bits is the same.
+    """
+    return Head(student, bits), Tail(student)
+
+
+def raw_size(payload: bytes) -> int:
+    """Return how many bytes a payload's values are when unzipped, as its header says."""
+    _, bits, channels, *_, h, w, _, _ = HEADER.unpack_from(payload)
+    return channels * (h // 4 + 4) * (w // 4 + 4) * DTYPES.get(bits, torch.uint8).itemsize
+
+
+class Head(nn.Module):
+    """The device's part; `network` maps (B, 3, H, W) to (B, channels, H / 4 + 4, W / 4 + 4)."""
+
+    def __init__(self, student: nn.Module, bits: int) -> None:
+        super().__init__()
+        body = student.backbone.body
+        self.transform, self.bits = student.transform, bits
+        self.network = nn.Sequential(*(body[name] for name in STEM), body["layer1"].encoder)
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> bytes:
+        """image: (3, h, w) float in [0, 1]. Returns HEADER and, zipped, the quantised values."""
+        images, _ = self.transform([image])
+        values, scale, zero = quantise(self.network(images.tensors)[0], self.bits)
+        header = HEADER.pack(VERSION, self.bits, len(values), *image.shape[1:],
+                             *images.image_sizes[0], *images.tensors.shape[2:], scale, zero)
+        zipper = zlib.compressobj(zdict=header)  # so that unzipping also checks the header
+        return header + zipper.compress(values.cpu().contiguous().numpy()) + zipper.flush()
+
+
+class Tail(nn.Module):
+    """The server's part."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student, self.body = student, student.backbone.body
+
+    def forward(self, payload: bytes) -> dict[str, Tensor]:
+        """Return boxes, labels, scores[, masks (N, 1, h, w)] in the original image, as torchvision.
+
+        Raises ValueError where the payload is damaged, or of another version or student.
+        """
+        found, resized, original = self.detect(payload)
+        return self.student.transform.postprocess([found], [resized], [original])[0]
+
+    @torch.inference_mode()
+    def detect(self, payload: bytes) -> Found:
+        """Return what models.detect does. Raises as forward."""
+        decoder = self.body["layer1"].decoder
+        try:
+            version, bits, channels, *sizes, scale, zero = HEADER.unpack_from(payload)
+            original, resized, padded = zip(sizes[::2], sizes[1::2])
+            if ((version, channels) != (VERSION, decoder[0].num_features)
+                    or max(padded) > self.student.transform.max_size + 31):
+                raise ValueError("it is of another version or another student")
+            unzipper = zlib.decompressobj(zdict=payload[:HEADER.size])
+            values = unzipper.decompress(payload[HEADER.size:], raw_size(payload) + 1)
+            if len(values) != raw_size(payload) or not unzipper.eof or unzipper.unused_data:
+                raise ValueError("it holds less or more than its header says")
+        except (ValueError, struct.error, zlib.error) as error:
+            raise ValueError(f"the payload was refused: {error}") from error
+        values = torch.frombuffer(bytearray(values), dtype=DTYPES.get(bits, torch.uint8))
+        values = values.view(1, channels, padded[0] // 4 + 4, padded[1] // 4 + 4)
+        z = restore(values.to(self.body["conv1"].weight.device), scale, zero)
+        maps = {"0": decoder(z)}
+        for i, name in enumerate(DISTILLED[1:]):
+            maps[str(i + 1)] = self.body[name](maps[str(i)])
+        images = ImageList(torch.empty(1, 3, *padded, device="meta"), [resized])
+        return detect_from(self.student, maps, images), resized, original
 
 # ---- checkpoint files ----------------------------------------------------------------------------
 @contextlib.contextmanager
@@ -238,8 +356,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(allowed):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # as many kinds as there are kinds of damage
-        raise ValueError(f"{path} was refused: it is damaged, holds no dict of weights, or holds code,"
-                         f" which is never run ({str(error).split('.')[0]})") from error
+        raise ValueError(f"{path} was refused: it is damaged, holds no dict of weights, or holds "
+                         f"code, which is never run ({str(error).split('.')[0]})") from error
 
 
 def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
@@ -285,7 +403,8 @@ def load_student(
         raise ValueError(f"{path} holds no student: it has no bottleneck in backbone.body.layer1")
     has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
     arch = "maskrcnn" if has_masks else "fasterrcnn"
-    student = build_student(build_detector(arch, min_size, max_size), len(narrowest))
+    classes = len(state.get(CLASSES, "no"))  # what is missing is told below
+    student = build_student(build_detector(arch, min_size, max_size, classes), len(narrowest))
     load_weights(student, state, path)
     return student, arch
 

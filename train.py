@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,15 @@ import losses
 import models
 from distributed import log
 
+
 # ---- the recipe ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Experiment:
     """One row of the results table, with every number of its recipe."""
 
     arch: str                            # "fasterrcnn" or "maskrcnn", for teacher and student
-    published_final_box_map: float       # the student's AP@[.5:.95] on val2017
     published_loss: tuple[float, ...]    # mean over each epoch's first 9,001 steps
-    published_box_map: tuple[float | None, ...]  # after each epoch; None: not better than before
+    published_box_map: dict[int, float]  # after the epochs, counted from 0, that bettered it
     bottleneck_channels: int = 3         # channels that cross the split point
     epochs: int = 20
     images_per_step: int = 12            # over all processes and micro-batches together
@@ -49,30 +48,30 @@ class Experiment:
     lr_drop_factor: float = 0.1          # ... lr is this many times what it was
     min_size: int = 800                  # pixels, shorter side after resizing
     max_size: int = 1333                 # pixels, longer side at most
+    layer_weights: tuple[float, ...] = (1, 1, 1, 1)  # of the loss's terms; HND is (1, 0, 0, 0)
     seed: int = 0                        # layer1's initial values, order of the images, flips
 
 
 # Both: arXiv 2011.12913, torchdistill's rrpr2020 configurations and the logs beside them.
 FASTERRCNN = Experiment(
-    arch="fasterrcnn", published_final_box_map=0.359,
+    arch="fasterrcnn",
     published_loss=(
         2.337e6, 1.174e6, 1.094e6, 1.054e6, 1.027e6, 0.982e6, 0.975e6, 0.972e6, 0.968e6, 0.967e6,
         0.962e6, 0.961e6, 0.957e6, 0.957e6, 0.954e6, 0.947e6, 0.948e6, 0.946e6, 0.950e6, 0.947e6),
-    published_box_map=(0.3519, 0.3545, None, 0.3549, 0.3558, 0.3578, 0.3579, None, None, None, None,
-                       0.3586, None, None, None, None, None, None, None, None))
+    published_box_map={
+        0: 0.3519, 1: 0.3545, 3: 0.3549, 4: 0.3558, 5: 0.3578, 6: 0.3579, 11: 0.3586})
 MASKRCNN = Experiment(
-    arch="maskrcnn", published_final_box_map=0.369,
+    arch="maskrcnn",
     published_loss=(
         2.499e6, 1.482e6, 1.392e6, 1.398e6, 1.286e6, 1.256e6, 1.210e6, 1.202e6, 1.195e6, 1.191e6,
         1.184e6, 1.184e6, 1.174e6, 1.174e6, 1.171e6, 1.161e6, 1.161e6, 1.158e6, 1.165e6, 1.159e6),
-    published_box_map=(0.3601, 0.3659, None, None, None, 0.3684, None, None, 0.3690, None, 0.3691,
-                       None, None, None, None, None, None, None, None, None))
+    published_box_map={0: 0.3601, 1: 0.3659, 5: 0.3684, 8: 0.3690, 10: 0.3691})
 EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
 TRAINED = ("backbone.body.conv1.", "backbone.body.layer1.")  # keys of all that training changes
 
 
 def split_step(images: int, processes: int) -> tuple[int, int]:
-    """Share out a step: return images in a micro-batch, at most 4, and micro-batches per process.
+    """Return a step's images in a micro-batch, at most 4, and its micro-batches on each process.
 
     Raises argparse.ArgumentError where the processes cannot share the step evenly.
     """
@@ -108,17 +107,16 @@ def train(
     """Train to the end of the epoch, the next save or a signal, whose number is returned (else 0).
 
     transform: the detector's own GeneralizedRCNNTransform. loader: lists of uint8 (3, h, w) images.
-    progress moves along with each report. Raises FloatingPointError, on all processes alike, where
-    loss or weights are no longer finite.
+    progress moves along with each report. Raises FloatingPointError, on all processes alike.
     """
-    stem, sampler = distiller.student_stem, loader.batch_sampler
+    stem, sampler, epoch = distiller.student_stem, loader.batch_sampler, progress.epoch
     device, processes = next(stem.parameters()).device, distributed.world_size()
     accumulation = experiment.images_per_step // (processes * sampler.batch_size)
     steps = len(loader) // accumulation
     # the loss of a step is (sum over its 12 images) / 3, and DDP averages over the processes
     scale = experiment.reference_batch / experiment.images_per_step
     sums = torch.zeros(3, len(models.DISTILLED), dtype=torch.float64, device=device)
-    sampler.epoch, sampler.skip = progress.epoch, progress.step * accumulation
+    sampler.epoch, sampler.skip = epoch, progress.step * accumulation
     batches, waited, begin = iter(loader), 0.0, time.perf_counter()
     stem.train()
     for step in range(progress.step + 1, steps + 1):
@@ -134,7 +132,8 @@ def train(
             with contextlib.nullcontext() if syncs else stem.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     student_maps, teacher_maps = distiller(batch)
-                loss, errors = losses.ghnd_loss(student_maps, teacher_maps)  # errors: (layers,)
+                loss, errors = losses.ghnd_loss(
+                    student_maps, teacher_maps, experiment.layer_weights)  # errors: (layers,)
                 (loss * scale * processes).backward()
             sums[:2] += torch.stack([errors, losses.squared_norms(teacher_maps)])
         optimizer.step()
@@ -144,17 +143,17 @@ def train(
             weights = [value for value in stem.state_dict().values() if value.is_floating_point()]
             sums[2] = nn.utils.get_total_norm(weights)  # finite if all weights are
             totals, count = distributed.sum_over_processes(sums), step - progress.step
-            loss = totals[0].sum().item() * scale / count
+            loss = (totals[0] @ totals.new_tensor(experiment.layer_weights)).item() * scale / count
             if not totals.isfinite().all():
                 raise FloatingPointError(f"loss ({loss:.4e}) or weights are no longer finite at "
-                                         f"epoch {progress.epoch}, step {step}; none was saved")
+                                         f"epoch {epoch}, step {step}; none was saved")
             seconds = (time.perf_counter() - begin) / count
-            report(kind="step", epoch=progress.epoch, step=step, steps=steps, loss=loss,
+            report(kind="step", epoch=epoch, step=step, steps=steps, loss=loss,
                    relative_errors=(totals[0] / totals[1]).tolist(),
                    lr=optimizer.param_groups[0]["lr"], data_wait=waited / count / seconds,
                    images_per_second=experiment.images_per_step / seconds,
                    gpu_memory_mib=torch.cuda.max_memory_allocated() / 2**20,
-                   eta_seconds=seconds * ((experiment.epochs - progress.epoch) * steps - step))
+                   hours_left=seconds / 3600 * (steps * (experiment.epochs - epoch) - step))
             progress.step, progress.loss_sum = step, progress.loss_sum + loss * count
             sums.zero_()
             waited, begin = 0.0, time.perf_counter()
@@ -165,8 +164,9 @@ def train(
 # ---- the run -------------------------------------------------------------------------------------
 def parse_args() -> tuple[argparse.Namespace, Experiment]:
     """Read the command line; return it and the experiment that it asks for."""
-    parser = distributed.Parser(description="Train a student by head network distillation.")
-    flag, positive = parser.add_argument, evaluate.positive
+    parser = evaluate.Parser(description="Train a student by head network distillation.")
+    flag = parser.add_argument
+    count = partial(parser.add_argument, type=evaluate.positive, metavar="N")
     flag("--arch", choices=EXPERIMENTS, help="which experiment to run; needed unless --demo")
     flag("--demo", action="store_true",
          help="a small run on drawn images and a random teacher, all below demo/ or --output-dir")
@@ -176,15 +176,14 @@ def parse_args() -> tuple[argparse.Namespace, Experiment]:
     either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="continue from last.pt, if there is one")
     either("--overwrite", action="store_true", help="replace the checkpoints of another run")
-    flag("--save-every", type=positive, default=2000, metavar="STEPS",
-         help="write last.pt not only after an epoch but every so many steps (%(default)s)")
-    flag("--log-every", type=positive, default=100, metavar="STEPS",
-         help="print a line of progress after so many steps (%(default)s)")
-    flag("--limit-train", type=positive, metavar="N", help="use only N images of train2017")
+    count("--save-every", default=2000, help="write last.pt after so many steps too (%(default)s)")
+    count("--log-every", default=100, help="print a line after so many steps (%(default)s)")
+    count("--limit-train", help="use only the first N images of train2017")
     flag("--amp", choices=["bf16"], help="run the networks in bfloat16, the loss in float32")
     flag("--seed", type=int, metavar="N", help="of layer1, order and flips, instead of 0")
-    flag("--epochs", type=positive, metavar="N", help="how many to train, instead of 20")
-    flag("--images-per-step", type=positive, metavar="N", help="of all processes, instead of 12")
+    count("--epochs", help="how many to train, instead of 20")
+    count("--bottleneck-channels", help="how many to send, instead of 3")
+    count("--images-per-step", help="on all processes together, instead of 12")
     parser.set_defaults(min_size=None, max_size=None)  # the experiment's
     args = parser.parse_args()
     if args.demo:
@@ -212,12 +211,11 @@ def prepare_demo(args: argparse.Namespace, experiment: Experiment) -> None:
         models.save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
 
 
-def open_output(best: Path, last: Path, config: dict[str, Any], resume: bool, overwrite: bool,
-                ) -> dict[str, Any] | None:
+def open_output(best: Path, last: Path, metrics: Path, config: dict[str, Any], resume: bool,
+                overwrite: bool) -> dict[str, Any] | None:
     """Lock a run's folder, log into it, return last.pt's content if there is a run to resume.
 
-    Raises FileExistsError where another run writes, or has left a checkpoint that is not this
-    run's, ValueError where the run to resume is another one.
+    Raises FileExistsError or ValueError where what is there is another run's.
     """
     with models.writing(last.parent):
         last.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +230,9 @@ def open_output(best: Path, last: Path, config: dict[str, Any], resume: bool, ov
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     distributed.logger.addHandler(handler)
     content, resume = None, resume and last.exists()
-    for path in filter(Path.exists, () if overwrite else (best, last)):
+    for path in (best, last, metrics) if overwrite else ():
+        path.unlink(missing_ok=True)
+    for path in filter(Path.exists, (best, last)):
         content = models.load_checkpoint(path) if resume else {}
         before = content.get("config")
         if not isinstance(before, dict) or "train_images" not in before:
@@ -268,8 +268,8 @@ def append_record(metrics: Path, **record: Any) -> None:
     if record["kind"] == "step":
         log("epoch {epoch} step {step}/{steps} loss {loss:.4e} relative errors {errors} lr {lr:.0e}"
             " {images_per_second:.1f} img/s, data wait {data_wait:.0%}, {gpu_memory_mib:.0f} MiB, "
-            "ETA {eta}".format(**record, eta=timedelta(seconds=round(record["eta_seconds"])),
-                               errors=" ".join(f"{e:.4f}" for e in record["relative_errors"])))
+            "{hours_left:.1f} h left".format(
+                errors=" ".join(f"{e:.3f}" for e in record["relative_errors"]), **record))
     if distributed.rank() == 0:
         with models.writing(metrics), metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -280,8 +280,9 @@ def main() -> None:
     device, processes = distributed.set_up(args.device), distributed.world_size()
     micro_batch, accumulation = split_step(experiment.images_per_step, processes)
     name = f"coco2017-custom_{args.arch}_resnet_fpn_from_{args.arch}_resnet50_fpn"  # torchdistill's
-    best, folder = args.output_dir / f"{name}.pt", args.output_dir / args.arch
-    last, report = folder / "last.pt", partial(append_record, folder / "metrics.jsonl")
+    best, last, metrics = (args.output_dir / path for path in (
+        f"{name}.pt", f"{args.arch}/last.pt", f"{args.arch}/metrics.jsonl"))
+    report = partial(append_record, metrics)
 
     if args.demo:
         distributed.from_main(prepare_demo, args, experiment)
@@ -291,12 +292,12 @@ def main() -> None:
                          f"{experiment.images_per_step}: see --limit-train, --images-per-step")
     loader = data.train_loader(index, images, micro_batch, experiment.seed, args.workers)
     steps = len(loader) // accumulation
-    val = evaluate.ValSet(args.data_dir, evaluate.KINDS[args.arch], args.limit_val)
-
-    config = asdict(experiment) | {"train_images": len(index), "val_images": len(val.index)}
-    content = distributed.from_main(open_output, best, last, config, args.resume, args.overwrite)
     teacher = distributed.from_main(models.load_teacher, args.arch, args.teacher_ckpt,
                                     experiment.min_size, experiment.max_size)
+    val = evaluate.ValSet(args.data_dir, teacher, args.limit_val)
+    config = asdict(experiment) | {"train_images": len(index), "val_images": len(val.index)}
+    content = distributed.from_main(
+        open_output, best, last, metrics, config, args.resume, args.overwrite)
     torch.manual_seed(experiment.seed)
     student = models.build_student(teacher, experiment.bottleneck_channels)
     for detector in (teacher, student):
@@ -307,17 +308,13 @@ def main() -> None:
     if content is not None:
         progress = restore(content, last, student, optimizer, scheduler)
         log(f"resuming at epoch {progress.epoch} after step {progress.step}")
-    elif distributed.rank() == 0:  # what --overwrite gives up, lest it be resumed later
-        for path in (best, last, folder / "metrics.jsonl"):
-            path.unlink(missing_ok=True)
     if processes > 1:
-        distiller.student_stem = nn.parallel.DistributedDataParallel(
-            stem, device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True)
-        distiller.student_stem.broadcast_buffers = False  # once before saving is enough; the
-        # constructor's argument is deprecated in newer versions, its successor absent in older ones
+        distiller.student_stem = nn.parallel.DistributedDataParallel(stem)
+        distiller.student_stem.broadcast_buffers = False  # once, before saving, is enough
     log(f"{args.arch}: {len(index)} training images, {steps} steps an epoch of {processes} x "
         f"{accumulation} x {micro_batch}; {len(val.index)} validation images; on {device.type}")
+
+    common = val, device, args.workers
 
     def save(path: Path) -> None:
         if distributed.rank() == 0:  # torchdistill's entries, then ours
@@ -340,7 +337,7 @@ def main() -> None:
         if progress.step < steps:
             continue
         epoch, loss = progress.epoch, progress.loss_sum / steps
-        figures = evaluate.evaluate(student, val, device, args.workers, f"validation {epoch}")
+        figures, *_ = evaluate.evaluate(student, *common, f"validation {epoch}")
         box_map = figures["bbox"][0]
         is_best = box_map > progress.best_box_map
         progress.best_box_map = max(box_map, progress.best_box_map)
@@ -350,8 +347,7 @@ def main() -> None:
         if (replace(experiment, seed=0) == EXPERIMENTS[args.arch] and not args.limit_train
                 and not args.limit_val and epoch < len(experiment.published_loss)):
             log(f"    published: mean loss {experiment.published_loss[epoch]:.4e} (of 9,001 steps),"
-                f" box mAP {experiment.published_box_map[epoch] or 'no better than before'}, in the"
-                f" end {experiment.published_final_box_map}")
+                f" box mAP {experiment.published_box_map.get(epoch, 'no better than before')}")
         if is_best:
             save(best)
         progress = Progress(epoch + 1, best_box_map=progress.best_box_map)
@@ -359,14 +355,24 @@ def main() -> None:
 
     content = distributed.from_main(models.load_checkpoint, best)
     models.load_weights(student, models.detector_state(content, best), best)
-    figures = {who: evaluate.evaluate(detector, val, device, args.workers, f"test of the {who}")
-               for who, detector in (("teacher", teacher), ("student", student))}
-    report(kind="test", epoch=progress.epoch, figures=figures)
-    log(f"{best}\n{evaluate.table(figures, args.arch)}")
+    rows = {}
+    rows["teacher"], truths, _ = evaluate.evaluate(teacher, *common, "test of the teacher")
+    rows["student"], results, _ = evaluate.evaluate(student, *common, "test of the student")
+    rows["agreement"] = evaluate.agreement(val, truths, results)
+    report(kind="test", epoch=progress.epoch, figures=rows)
+    log(f"{best}\n{evaluate.table(rows, student)}")
     if args.demo:
-        log("mAP means nothing here, since the teacher is random. To evaluate the checkpoint again:"
-            f"\n    python evaluate.py --ckpt {best} --teacher-ckpt {args.teacher_ckpt} --data-dir "
-            f"{args.data_dir} --min-size {experiment.min_size} --max-size {experiment.max_size}")
+        pictures = args.output_dir / "pictures"
+        distributed.from_main(evaluate.draw, val, (truths, results), pictures, 20)
+        torch.manual_seed(experiment.seed)
+        student = models.build_student(teacher, experiment.bottleneck_channels)
+        _, results, _ = evaluate.evaluate(student, *common, "a fresh student")
+        fresh, trained = evaluate.agreement(val, truths, results)["bbox"], rows["agreement"]["bbox"]
+        log(f"agreement with the teacher, AP: {fresh[0]:.4f} before training, {trained[0]:.4f} after;"
+            f" see {pictures}/ (the labels say nothing of a random teacher)\n"
+            f"    python evaluate.py --ckpt {best} --teacher-ckpt {args.teacher_ckpt} --data-dir "
+            f"{args.data_dir} --min-size {experiment.min_size} --max-size {experiment.max_size} "
+            "--bits 32 16 8 6 4 2")
 
 
 if __name__ == "__main__":

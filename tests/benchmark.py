@@ -2,8 +2,8 @@
 
     python tests/benchmark.py [step load start evaluate] [--large] [--device cuda] [--json FILE]
 
-Medians, ranges, and how many times better than the original: torchdistill 1.1.5 as published; for
-data set and masks its 0.0.1, in a process of its own; for detection torchvision's own forward.
+Medians, ranges, and how many times better than the original: for the step torchdistill 1.1.5's box,
+for data set and masks its 0.0.1 in a process of its own, for detection torchvision's own forward.
 """
 
 import argparse
