@@ -101,7 +101,6 @@ def load_split(data_dir: Path, split: str, limit: int | None = None) -> tuple[In
                                 f"{len(missing)} that {annotation_file.name} names")
     return index, folder
 
-
 # ---- images --------------------------------------------------------------------------------------
 def read_image(path: Path) -> Tensor:
     """Decode a JPEG or PNG file to RGB, (3, h, w) uint8; greyscale is repeated on the 3 channels.
@@ -121,7 +120,6 @@ def read_image(path: Path) -> Tensor:
 
 class CocoImages(Dataset):
     """Images alone: nothing in GHND's loss reads a label. Indexed by (position, flip)."""
-
     def __init__(self, index: Index, folder: Path) -> None:
         self.names, self.folder = index.name, folder
 
@@ -132,7 +130,6 @@ class CocoImages(Dataset):
         position, flip = key
         image = read_image(self.folder / self.names[position])  # (3, h, w) uint8
         return image.flip(-1) if flip else image
-
 
 # ---- batches -------------------------------------------------------------------------------------
 def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, k: int = 3) -> np.ndarray:
@@ -173,7 +170,6 @@ class GroupedBatches(Sampler):
     image, not from the process or worker that loads it. Set `epoch` before each pass, and `skip`,
     the number of batches to leave out, to take up an epoch again in its midst.
     """
-
     def __init__(self, index: Index, batch_size: int, rank: int, world_size: int,
                  seed: int = 0) -> None:
         self.groups = aspect_ratio_groups(index.width, index.height).tolist()
@@ -212,7 +208,6 @@ def val_loader(index: Index, folder: Path, workers: int) -> DataLoader:
     mine = range(distributed.rank(), len(index), distributed.world_size())
     return make_loader(index, folder, min(workers, len(mine)), batch_size=None,
                        sampler=[(position, False) for position in mine])
-
 
 # ---- the demo data set ---------------------------------------------------------------------------
 def write_demo_dataset(data_dir: Path, train: int = 128, val: int = 8, seed: int = 0) -> None:

@@ -1,6 +1,5 @@
 """Start-up, collectives, the vote on signals, and one message for an error of many processes."""
 
-import argparse
 import contextlib
 import logging
 import multiprocessing
@@ -17,7 +16,7 @@ import torch.distributed as dist
 
 logger = logging.getLogger("ghnd")
 log = logger.info
-USER_ERRORS = (argparse.ArgumentError, OSError, ValueError, FloatingPointError)  # no traceback
+USER_ERRORS = (OSError, ValueError, FloatingPointError)  # told without a traceback
 PEER_DIED = ("by peer", "Broken pipe", "remote process exited")  # as gloo and nccl say it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what clusters send
 PATIENCE = 10  # seconds that the first process has to tell the reason and end everybody
@@ -33,11 +32,13 @@ def world_size() -> int:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main and exit: with 0, sys.exit's status, 2 for wrong usage, 1 for any error.
+    """Run a script's main and exit, with 0, sys.exit's status (argparse's is 2) or 1 for any error.
 
     The first process tells its error at once, and torchrun then ends the others; these, and who
     only sees that a peer is gone, wait for that before they speak.
     """
+    if rank() > 0:
+        sys.stderr = open(os.devnull, "w")  # warnings and usage errors are alike on all processes
     logger.setLevel(logging.DEBUG if rank() == 0 else logging.CRITICAL)
     logger.addHandler(console := logging.StreamHandler(sys.stdout))
     console.setLevel(logging.INFO)
@@ -46,10 +47,8 @@ def run(main: Callable[[], None]) -> None:
         status = main() or barrier() or 0
     except Exception as error:
         status = _tell(error)
-    except SystemExit as stop:
-        status = stop.code
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+    except (SystemExit, KeyboardInterrupt) as stop:
+        status = getattr(stop, "code", 128 + signal.SIGINT)
     logger.handlers.clear()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch misses its loader's workers,
     for worker in multiprocessing.active_children():  # who ignore signals and hold our sockets
@@ -71,8 +70,9 @@ def _tell(error: Exception) -> int:
         message = "another process died, which tells why" if peer_died else message
     logger.debug("%s", full)  # for the log file
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, argparse.ArgumentError) else 1
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", flush=True,
+              file=sys.__stderr__ if rank() > 0 else sys.stderr)
+    return 1
 
 
 def set_up(device: str = "auto") -> torch.device:

@@ -34,9 +34,9 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 PUBLISHED = {  # AP of torchvision's COCO_V1 weights, and of the students (arXiv 2011.12913)
     "fasterrcnn": {"teacher": {"bbox": 0.370}, "student": {"bbox": 0.359}},
     "maskrcnn": {"teacher": {"bbox": 0.379, "segm": 0.346},
-                 "student": {"bbox": 0.369, "segm": 0.336}},
-}
+                 "student": {"bbox": 0.369, "segm": 0.336}}}
 CERTAIN = 0.5  # the score from which a detection is drawn, or is a truth to agree with
+USAGE = "%(prog)s FLAGS (--help lists them)"
 SILENCE = contextlib.redirect_stdout(io.StringIO())  # for pycocotools, which prints
 
 Results = list[dict[str, Any]]    # in COCO's format
@@ -48,7 +48,6 @@ class ValSet:
 
     Raises FileNotFoundError or ValueError, naming what is missing, broken or beyond the detector.
     """
-
     def __init__(self, data_dir: Path, detector: nn.Module, limit: int | None = None) -> None:
         self.index, self.folder = data.load_split(data_dir, "val", limit)
         self.kinds = ("bbox", "segm") if detector.roi_heads.has_mask() else ("bbox",)
@@ -64,7 +63,7 @@ class ValSet:
                 evaluation.params.useCats = 0  # all categories at once
                 evaluation.evaluate()
 
-# ---- from images to COCO results -----------------------------------------------------------------
+# ---- from images to results to figures -----------------------------------------------------------
 @torch.inference_mode()
 def to_coco(image_id: int, detector: nn.Module, found: dict[str, Tensor], resized: tuple[int, int],
             original: tuple[int, int]) -> Results:
@@ -85,47 +84,6 @@ def to_coco(image_id: int, detector: nn.Module, found: dict[str, Tensor], resize
             for row in zip(*columns.values(), strict=True)]
 
 
-@torch.inference_mode()
-def run_detector(
-    detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str,
-    bits: int | None = None,
-) -> tuple[Results, np.ndarray]:
-    """Run a detector over all images, each on one process; the device only detects, and a thread
-    makes the results of an image while it sees the next.
-
-    bits: go through models.split's head, bytes and tail. Returns, on every process, all results in
-    the index's order and, of images sent, bytes of the payload and before zlib, seconds in head and
-    tail: (images, 4).
-    """
-    models.to_device(detector, device).eval()
-    head, tail = models.split(detector, bits) if bits else (None, None)
-    loader = data.val_loader(val.index, val.folder, workers)
-    image_ids = val.index.id[distributed.rank()::distributed.world_size()].tolist()
-    results, sent, pending = [], [], None
-    begin = reported = time.perf_counter()
-    with ThreadPoolExecutor(1) as thread:
-        for done, (image_id, image) in enumerate(zip(image_ids, loader, strict=True), start=1):
-            image, start = image.to(device, non_blocking=True) / 255, time.perf_counter()
-            payload = head(image) if head else None
-            middle = time.perf_counter()
-            found, *sizes = tail.detect(payload) if tail else models.detect(detector, image)
-            found = {name: values.cpu() for name, values in found.items()}
-            now = time.perf_counter()
-            if head:
-                sent.append((len(payload), models.raw_size(payload), middle - start, now - middle))
-            if pending is not None:  # one at a time bounds the memory
-                results.append(pending.result())
-            pending = thread.submit(to_coco, image_id, detector, found, *sizes)
-            if now - reported > 15:
-                reported, left = now, (now - begin) / done * (len(image_ids) - done)
-                log(f"{title}: image {done}/{len(image_ids)} of this process, {left:.0f} s left")
-        if pending is not None:
-            results.append(pending.result())
-    by_position = itertools.zip_longest(*distributed.gather(results), fillvalue=[])
-    results = itertools.chain.from_iterable(itertools.chain.from_iterable(by_position))
-    return list(results), np.array(sum(distributed.gather(sent), []))
-
-# ---- from results to figures ---------------------------------------------------------------------
 def results_of_kind(results: Iterable[dict[str, Any]], kind: str) -> Results:
     """Copy COCO results with their boxes or masks alone, lest masks get the areas of boxes."""
     drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
@@ -160,13 +118,42 @@ def coco_figures(
     return np.asarray(evaluation.stats).tolist()
 
 
+@torch.inference_mode()
 def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str,
              bits: int | None = None) -> tuple[Figures, Results, np.ndarray]:
-    """Return a detector's figures, and what run_detector does, on any number of processes alike."""
-    results, sent = run_detector(detector, val, device, workers, title, bits)
+    """Run a detector over a ValSet, on any number of processes alike; the device only detects, and
+    a thread makes the results of an image while it sees the next.
+
+    bits: go through models.split's head, bytes and tail. Returns, on every process, figures, all
+    results and (images, 4) of what is sent: bytes, bytes before zlib, seconds in head and in tail.
+    """
+    models.to_device(detector, device).eval()
+    head, tail = models.split(detector, bits) if bits else (None, None)
+    loader = data.val_loader(val.index, val.folder, workers)
+    mine = val.index.id[distributed.rank()::distributed.world_size()].tolist()
+    results, sent, pending, begin = [], [], None, time.perf_counter()
+    with ThreadPoolExecutor(1) as thread:
+        for done, (image_id, image) in enumerate(zip(mine, loader, strict=True), start=1):
+            image, start = image.to(device, non_blocking=True) / 255, time.perf_counter()
+            payload = head(image) if head else b""
+            middle = time.perf_counter()
+            found, *sizes = tail.detect(payload) if tail else models.detect(detector, image)
+            found = {name: values.cpu() for name, values in found.items()}
+            now = time.perf_counter()
+            if head:
+                sent.append((len(payload), models.raw_size(payload), middle - start, now - middle))
+            if pending is not None:  # one at a time bounds the memory
+                results.append(pending.result())
+            pending = thread.submit(to_coco, image_id, detector, found, *sizes)
+            if done % 100 == 0:
+                log(f"{title}: image {done}/{len(mine)}, {(now - begin) / done:.3f} s each")
+        if pending is not None:
+            results.append(pending.result())
+    by_position = itertools.zip_longest(*distributed.gather(results), fillvalue=[])
+    results = [r for images in by_position for image in images for r in image]
     figures = {kind: coco_figures(val.coco, results, val.index.id.tolist(), kind)
                for kind in val.kinds}
-    return figures, results, sent
+    return figures, results, np.array(sum(distributed.gather(sent), []))
 
 
 def agreement(val: ValSet, teacher: Results, student: Results) -> Figures:
@@ -202,7 +189,7 @@ def table(rows: dict[str, Figures], student: nn.Module) -> str:
 
 
 def rate_table(rate: list[dict[str, Any]], head: dict[str, int]) -> str:
-    """Format what main makes of each number of bits, and the size of the head."""
+    """Format main's "rate" and "head"."""
     kinds = rate[0]["figures"]
     lines = ["bits" + "".join(f"  AP {k}" for k in kinds) + "   bytes of JPEG  head s  tail s"]
     for row in rate:
@@ -215,7 +202,7 @@ def rate_table(rate: list[dict[str, Any]], head: dict[str, int]) -> str:
 
 
 def draw(val: ValSet, columns: Sequence[Results], folder: Path, count: int) -> None:
-    """Write the first images of a ValSet, each as often as there are columns of results, by side."""
+    """Write the first images of a ValSet, each once for each column of results, side by side."""
     folder.mkdir(parents=True, exist_ok=True)
     for image_id, name in zip(val.index.id[:count].tolist(), val.index.name):
         panels = []
@@ -224,22 +211,15 @@ def draw(val: ValSet, columns: Sequence[Results], folder: Path, count: int) -> N
             mine = [r for r in results if r["image_id"] == image_id and r["score"] >= CERTAIN]
             for r in mine if "segm" in val.kinds else ():
                 mask = torch.from_numpy(coco_mask.decode(r["segmentation"])).bool()
-                panels[-1] = draw_segmentation_masks(panels[-1], mask, 0.5, "red")
+                panels[-1] = draw_segmentation_masks(panels[-1], mask, alpha=0.3)
             if mine:
                 boxes = box_convert(torch.tensor([r["bbox"] for r in mine]), "xywh", "xyxy")
                 names = [val.coco.cats.get(r["category_id"], {}).get("name", "?") for r in mine]
                 titles = [f"{name} {r['score']:.2f}" for name, r in zip(names, mine)]
-                panels[-1] = draw_bounding_boxes(panels[-1], boxes, titles, "yellow", width=2)
+                panels[-1] = draw_bounding_boxes(panels[-1], boxes, titles)
         to_pil_image(torch.cat(panels, dim=2)).save(folder / f"{Path(name).stem}.jpg")
 
 # ---- the command ---------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its usage errors, so that N processes tell them once."""
-
-    def error(self, message: str) -> None:
-        raise argparse.ArgumentError(None, f"{message} (--help lists the flags)")
-
-
 def positive(text: str) -> int:
     """Parse an integer from 1 up, for argparse."""
     if int(text) < 1:
@@ -252,14 +232,14 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def add_common_flags(parser: Parser) -> None:
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that train.py and evaluate.py share."""
     flag = parser.add_argument
     flag("--data-dir", type=path, default="~/datasets/coco2017", metavar="DIR",
          help="folder with COCO's train2017/, val2017/, annotations/ (%(default)s)")
     flag("--teacher-ckpt", type=path, metavar="FILE",
          help="the teacher, a torchvision state dict (default: download COCO_V1)")
-    flag("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is one")
+    flag("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda or else cpu")
     flag("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
          help="image-loading processes per process, 0 for none (%(default)s)")
     flag("--limit-val", type=positive, metavar="N", help="use only the first N images of val2017")
@@ -268,7 +248,7 @@ def add_common_flags(parser: Parser) -> None:
 
 
 def main() -> None:
-    parser = Parser(description="COCO figures of a GHND student, by pycocotools.")
+    parser = argparse.ArgumentParser(usage=USAGE, description="COCO figures of a GHND student.")
     flag = parser.add_argument
     flag("--ckpt", type=path, required=True, metavar="FILE",
          help="the student's checkpoint, ours or torchdistill's")
@@ -296,11 +276,12 @@ def main() -> None:
     else:  # with most bits, it is told as the student
         runs = {bits: evaluate(student, *common, f"{bits} bits", bits) for bits in args.bits}
         rows["student"], results, _ = runs[max(runs)]
-        jpeg_bytes = float(np.mean([os.path.getsize(val.folder / name) for name in val.index.name]))
+        jpeg_bytes = np.mean([os.path.getsize(val.folder / name) for name in val.index.name])
         rate = [{"bits": bits, "figures": figures,
                  "payload_bytes": sent[:, 0].mean(), "raw_bytes": sent[:, 1].mean(),
-                 "jpeg_bytes": jpeg_bytes, "head_seconds": np.median(sent[:, 2]),
-                 "tail_seconds": np.median(sent[:, 3])} for bits, (figures, _, sent) in runs.items()]
+                 "jpeg_bytes": float(jpeg_bytes), "head_seconds": np.median(sent[:, 2]),
+                 "tail_seconds": np.median(sent[:, 3])}
+                for bits, (figures, _, sent) in runs.items()]
         head, whole = (sum(p.numel() for p in part.parameters())
                        for part in (models.split(student)[0].network, student))
         summary = {"rate": rate, "head": {"parameters": head, "student_parameters": whole}}

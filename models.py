@@ -8,14 +8,13 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import get_model_weights
@@ -28,16 +27,18 @@ DETECTORS = {"fasterrcnn": FasterRCNN, "maskrcnn": MaskRCNN}
 STEM = ("conv1", "bn1", "relu", "maxpool")
 DISTILLED = ("layer1", "layer2", "layer3", "layer4")
 CLASSES = "roi_heads.box_predictor.cls_score.weight"  # which has as many rows
+# version, bits, channels, (h, w) of the original, resized and padded image, scale, zero point
+HEADER, VERSION = struct.Struct("<BBH6HfB"), 1
+DTYPES = {16: torch.float16, 32: torch.float32}  # of what is sent; uint8 for fewer bits
+Found = tuple[dict[str, Tensor], tuple[int, int], tuple[int, int]]
 
 # ---- detectors -----------------------------------------------------------------------------------
-def build_detector(
-    arch: str, min_size: int = 800, max_size: int = 1333, classes: int = 91
-) -> nn.Module:
+def build_detector(arch: str, min_size: int = 800, max_size: int = 1333,
+                   classes: int = 91) -> nn.Module:
     """Build torchvision's {arch}_resnet50_fpn without weights, frozen, in eval mode.
 
-    min_size, max_size: pixels, the sides that the detector's own transform resizes to. classes:
-    COCO's category ids go up to 90, 0 is the background. FrozenBatchNorm2d has eps 0, by which the
-    published weights were made; torchvision's own default for them is 1e-5.
+    min_size, max_size: pixels, to which its transform resizes. classes: COCO's ids go up to 90, 0
+    is the background. FrozenBatchNorm2d has the published weights' eps, 0, not torchvision's 1e-5.
     """
     norm_layer = partial(FrozenBatchNorm2d, eps=0.0)
     backbone = resnet_fpn_backbone(
@@ -46,9 +47,8 @@ def build_detector(
     return detector.eval().requires_grad_(False)
 
 
-def load_teacher(
-    arch: str, path: str | Path | None = None, min_size: int = 800, max_size: int = 1333
-) -> nn.Module:
+def load_teacher(arch: str, path: str | Path | None = None, min_size: int = 800,
+                 max_size: int = 1333) -> nn.Module:
     """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
 
     path: a torchvision-format state dict on disk; None downloads COCO_V1 into torch.hub's cache.
@@ -69,10 +69,7 @@ def load_teacher(
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the memory layout in which a device convolves the faster.
-
-    channels_last on GPUs with tensor cores and CPUs with AVX512, contiguous elsewhere.
-    """
+    """Return the layout in which a device convolves faster: measured in tests/README.md."""
     if device.type == "cuda":
         pays = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -80,12 +77,16 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if pays else torch.contiguous_format
 
 
-def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
-    """Move a detector to its device, in its memory_format, with the constants of its transform.
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device itself computes in bfloat16; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-    torchvision keeps these two as lists and copies them for each image, for which a GPU must wait.
-    """
-    for name in ("image_mean", "image_std"):
+
+def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
+    """Move a detector to its device, in its memory_format."""
+    for name in ("image_mean", "image_std"):  # lists, which torchvision would copy for each image
         constant = torch.as_tensor(getattr(detector.transform, name), device=device)
         setattr(detector.transform, name, constant)
     return detector.to(device, memory_format=memory_format(device))
@@ -94,12 +95,10 @@ def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
 class Bottleneck(nn.Module):
     """The student's layer1: an encoder to a few channels, which cross the network, and a decoder.
 
-    Maps (B, 64, H, W) to (B, 256, H, W), H and W at stride 4, through (B, channels, H + 4, W + 4).
-    Four padded 2x2 convolutions grow H and W by one each and four unpadded ones shrink them back.
-    Keys, shapes and PyTorch's default initialisation are those of torchdistill 0.0.1's
-    Bottleneck4LargeResNet, which made the published checkpoints.
+    Maps (B, 64, H, W) to (B, 256, H, W), H and W at stride 4, through (B, channels, H + 4, W + 4):
+    padded 2x2 convolutions grow H and W by one each, unpadded ones shrink them. Keys, shapes and
+    initialisation (PyTorch's default) are torchdistill 0.0.1's Bottleneck4LargeResNet's.
     """
-
     def __init__(self, channels: int = 3, bits: int | None = None) -> None:
         super().__init__()
         self.bits = bits  # None, or as in quantise: what is sent in eval mode
@@ -108,16 +107,12 @@ class Bottleneck(nn.Module):
         self.encoder = nn.Sequential(
             down(64, 64), nn.BatchNorm2d(64),
             down(64, 256), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
-            down(256, 64), nn.BatchNorm2d(64),
-            down(64, channels),
-        )
+            down(256, 64), nn.BatchNorm2d(64), down(64, channels))
         self.decoder = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
-            up(channels, 64), nn.BatchNorm2d(64),
+            nn.BatchNorm2d(channels), nn.ReLU(inplace=True), up(channels, 64), nn.BatchNorm2d(64),
             up(64, 128), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
-            up(128, 256), nn.BatchNorm2d(256),
-            up(256, 256), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
-        )
+            up(128, 256), nn.BatchNorm2d(256), up(256, 256), nn.BatchNorm2d(256),
+            nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.encoder(x)
@@ -129,8 +124,7 @@ class Bottleneck(nn.Module):
 def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module:
     """Return the teacher with a copy of its conv1 and a new Bottleneck as layer1, in eval mode.
 
-    These two are trainable. Every other module with weights is the teacher's own object, shared and
-    frozen: training must not change it and cannot.
+    These two are trainable. Every other module with weights is the teacher's own frozen object.
     """
     body = teacher.backbone.body
     shared = [body["bn1"], *(body[name] for name in DISTILLED), teacher.backbone.fpn, teacher.rpn,
@@ -140,13 +134,11 @@ def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module
     student.backbone.body["conv1"].requires_grad_(True)
     return student.eval()
 
-
 # ---- what training runs --------------------------------------------------------------------------
 def fold_frozen_bn(module: nn.Module) -> nn.Module:
     """Return a frozen copy in which each convolution has absorbed the FrozenBatchNorm2d after it.
 
-    Only for frozen layers: on a trainable convolution it would rescale the weights that Adam sees.
-    Never save a folded module; its keys and values are not the detector's.
+    Only for frozen layers, since Adam would see rescaled weights, and never to be saved.
     """
     module = copy.deepcopy(module)
     for parent in list(module.modules()):
@@ -158,53 +150,49 @@ def fold_frozen_bn(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False)
 
 
+def maps_from(first: Tensor, layers: Iterable[nn.Module]) -> list[Tensor]:
+    """Return layer1's map and what each further layer in turn makes of the one before."""
+    return list(itertools.accumulate(layers, lambda x, layer: layer(x), initial=first))
+
+
 class Distiller(nn.Module):
     """Compute teacher's and student's features of a batch, with one set of frozen layers for both.
 
-    The trainable part is `student_stem`, whose modules are the student's own (conv1, bn1, layer1):
-    it is what DDP wraps and Adam updates. `shared_layers` are the teacher's layer2-4 for both, with
-    their FrozenBatchNorm2d folded. FPN, RPN and heads have no part in the loss and are not here.
+    `student_stem`, the student's own modules up to layer1, is what DDP wraps and Adam updates.
+    `shared_layers` are the teacher's layer2-4. What is frozen is folded.
     """
-
-    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+    def __init__(self, teacher: nn.Module, student: nn.Module, bf16: bool = False) -> None:
         super().__init__()
+        self.bf16 = bf16
         folded, body = fold_frozen_bn(teacher.backbone.body), student.backbone.body
         self.teacher_stem = nn.Sequential(*(folded[name] for name in (*STEM, "layer1")))
         self.student_stem: nn.Module = nn.Sequential(*(body[name] for name in (*STEM, "layer1")))
         self.shared_layers = nn.ModuleList(folded[name] for name in DISTILLED[1:])
+        if bf16:  # once, not at each use, as autocast would
+            self.teacher_stem.to(torch.bfloat16), self.shared_layers.to(torch.bfloat16)
 
     def forward(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """batch: (B, 3, H, W), normalised and padded. Returns student's and teacher's four maps,
         (B, 256, H/4, W/4), (B, 512, H/8, W/8), (B, 1024, H/16, W/16) and (B, 2048, H/32, W/32)."""
-        with torch.no_grad():
-            teacher_maps = self._maps(self.teacher_stem, batch)
-        return self._maps(self.student_stem, batch), teacher_maps
-
-    def _maps(self, stem: nn.Module, batch: Tensor) -> list[Tensor]:
-        maps = [stem(batch)]
-        for layer in self.shared_layers:
-            maps.append(layer(maps[-1]))
-        return maps
-
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad():
+                teacher_maps = maps_from(self.teacher_stem(batch), self.shared_layers)
+            return maps_from(self.student_stem(batch), self.shared_layers), teacher_maps
 
 # ---- detection, whole or in two halves -----------------------------------------------------------
-Found = tuple[dict[str, Tensor], tuple[int, int], tuple[int, int]]
-
-
 def detect(detector: nn.Module, image: Tensor) -> Found:
-    """Run a detector on a float image (3, h, w) in [0, 1], but for its last step, the resizing.
+    """Run a detector on a float image (3, h, w) in [0, 1], but for transform.postprocess.
 
-    Returns what it finds, boxes (N, 4) x0 y0 x1 y1 in pixels of the resized image, labels (N,),
-    scores (N,) and of a Mask R-CNN masks (N, 1, 28, 28) in [0, 1], each inside its box; then (h, w)
-    of the resized and the original image, as detector.transform.postprocess wants all three.
+    Returns boxes (N, 4) x0 y0 x1 y1 in pixels of the resized image, labels (N,), scores (N,) and of
+    a Mask R-CNN masks (N, 1, 28, 28) in [0, 1]; (h, w) of the resized and of the original image.
     """
     images, _ = detector.transform([image])
     found = detect_from(detector, detector.backbone.body(images.tensors), images)
     return found, images.image_sizes[0], tuple(image.shape[1:])
 
 
-def detect_from(detector: nn.Module, maps: dict[str, Tensor], images: ImageList) -> dict[str, Tensor]:
-    """Go from the body's maps of one image to detections, as torchvision's GeneralizedRCNN does."""
+def detect_from(detector: nn.Module, maps: dict[str, Tensor], images: ImageList) -> dict:
+    """Go from the body's maps of an image to detections, as torchvision's GeneralizedRCNN does."""
     features = detector.backbone.fpn(maps)
     proposals, _ = detector.rpn(images, features)  # of images, only the sizes are read
     return detector.roi_heads(features, proposals, images.image_sizes)[0][0]
@@ -213,9 +201,9 @@ def detect_from(detector: nn.Module, maps: dict[str, Tensor], images: ImageList)
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, float, int]:
     """Return what is sent for x, of any shape, its scale and its zero point; restore takes these.
 
-    32 and 16 bits are floats. For 1 to 8: scale = (max - min) / (2^bits - 1), zero = -min / scale,
-    q = round(zero + x / scale), both clamped to [0, 2^bits - 1], q in uint8 (Jacob et al., CVPR
-    2018). This is torchdistill 1.1.5's quantize_tensor, bit for bit, but restores constants too.
+    32, 16: floats. 1 to 8: scale = (max - min) / (2^bits - 1), zero = int(-min / scale), q =
+    round(zero + x / scale), both clamped to [0, 2^bits - 1], q uint8 (Jacob et al., CVPR 2018).
+    As torchdistill 1.1.5's quantize_tensor, bit for bit, but for constants, which are kept.
     """
     if bits > 8:
         return x.to(DTYPES[bits]), 1.0, 0
@@ -232,16 +220,8 @@ def restore(q: Tensor, scale: float, zero: int) -> Tensor:
     return scale * (q.float() - zero)
 
 
-# version, bits, channels, (h, w) of the original, resized and padded image, scale, zero point
-HEADER, VERSION = struct.Struct("<BBH6HfB"), 1
-DTYPES = {16: torch.float16, 32: torch.float32}  # of what is sent; uint8 for fewer bits
-
-
 def split(student: nn.Module, bits: int = 8) -> tuple["Head", "Tail"]:
-    """Cut a student at its bottleneck: head(image) -> bytes, tail(bytes) -> detections.
-
-    They share its modules. tail(head(image)) equals the student whose layer1.bits is the same.
-    """
+    """Return head(image) -> bytes and tail(bytes) -> detections, as of layer1.bits = bits."""
     return Head(student, bits), Tail(student)
 
 
@@ -253,7 +233,6 @@ def raw_size(payload: bytes) -> int:
 
 class Head(nn.Module):
     """The device's part; `network` maps (B, 3, H, W) to (B, channels, H / 4 + 4, W / 4 + 4)."""
-
     def __init__(self, student: nn.Module, bits: int) -> None:
         super().__init__()
         body = student.backbone.body
@@ -273,22 +252,18 @@ class Head(nn.Module):
 
 class Tail(nn.Module):
     """The server's part."""
-
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student, self.body = student, student.backbone.body
 
     def forward(self, payload: bytes) -> dict[str, Tensor]:
-        """Return boxes, labels, scores[, masks (N, 1, h, w)] in the original image, as torchvision.
-
-        Raises ValueError where the payload is damaged, or of another version or student.
-        """
+        """Return detections as torchvision's detector does. Raises ValueError for a bad payload."""
         found, resized, original = self.detect(payload)
         return self.student.transform.postprocess([found], [resized], [original])[0]
 
     @torch.inference_mode()
     def detect(self, payload: bytes) -> Found:
-        """Return what models.detect does. Raises as forward."""
+        """Return what models.detect does. Raises ValueError for a bad payload."""
         decoder = self.body["layer1"].decoder
         try:
             version, bits, channels, *sizes, scale, zero = HEADER.unpack_from(payload)
@@ -303,11 +278,9 @@ class Tail(nn.Module):
         except (ValueError, struct.error, zlib.error) as error:
             raise ValueError(f"the payload was refused: {error}") from error
         values = torch.frombuffer(bytearray(values), dtype=DTYPES.get(bits, torch.uint8))
-        values = values.view(1, channels, padded[0] // 4 + 4, padded[1] // 4 + 4)
-        z = restore(values.to(self.body["conv1"].weight.device), scale, zero)
-        maps = {"0": decoder(z)}
-        for i, name in enumerate(DISTILLED[1:]):
-            maps[str(i + 1)] = self.body[name](maps[str(i)])
+        values = values.view(1, channels, padded[0] // 4 + 4, -1).to(decoder[2].weight.device)
+        layers = (self.body[name] for name in DISTILLED[1:])
+        maps = dict(zip("0123", maps_from(decoder(restore(values, scale, zero)), layers)))
         images = ImageList(torch.empty(1, 3, *padded, device="meta"), [resized])
         return detect_from(self.student, maps, images), resized, original
 
@@ -337,10 +310,8 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running anything that is in it.
 
-    Besides tensors and plain containers it may hold what torchdistill's files of 2020 hold: an
-    argparse.Namespace, a Counter and a numpy float64. Zip and pre-zip files, any device.
-    A file that would unpack to more than it is, which torch.save never writes, is not unpacked.
-    Raises FileNotFoundError, or ValueError where the file is broken or refused.
+    It may hold tensors, plain containers and, as torchdistill's files of 2020 do, a Namespace, a
+    Counter and a numpy float64. Raises FileNotFoundError or, if broken or refused, ValueError.
     """
     scalar = np.float64(0).__reduce__()[0]  # numpy's own name for it has moved, old files have both
     allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)),
@@ -351,7 +322,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > Path(path).stat().st_size:
+            if unpacked > Path(path).stat().st_size:  # torch.save never compresses
                 raise ValueError("it would unpack to more than it is")
         with torch.serialization.safe_globals(allowed):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -361,10 +332,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """Return the detector's state dict in a checkpoint: its "model" entry or the file itself.
-
-    A DistributedDataParallel prefix is dropped. Raises ValueError where there is no detector.
-    """
+    """Return a checkpoint's state dict, "model" or itself. Raises ValueError if there is none."""
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(
             isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
@@ -376,10 +344,7 @@ def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tenso
 
 
 def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load strictly, through the modules, which also know the key names of torchvision 0.7.
-
-    Raises ValueError where keys, shapes or values (not finite) do not suit the detector.
-    """
+    """Load strictly, by the modules, which know torchvision 0.7's keys too, or raise ValueError."""
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
@@ -390,33 +355,27 @@ def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path
             raise ValueError(f"{path} is spoilt: {key} has values that are not finite")
 
 
-def load_student(
-    path: str | Path, min_size: int = 800, max_size: int = 1333
-) -> tuple[nn.Module, str]:
-    """Build the student that a checkpoint holds. Returns it in eval mode, and its architecture.
-
-    That and the width of the bottleneck follow from keys and shapes, since no file tells them.
-    """
+def load_student(path: str | Path, min_size: int = 800,
+                 max_size: int = 1333) -> tuple[nn.Module, str]:
+    """Return the student that a checkpoint holds, in eval mode, and its arch, told by its keys."""
     state = detector_state(load_checkpoint(path), path)
     narrowest = state.get("backbone.body.layer1.encoder.7.weight", torch.empty(0))
     if narrowest.shape[1:] != (64, 2, 2) or len(narrowest) > 2**16:
         raise ValueError(f"{path} holds no student: it has no bottleneck in backbone.body.layer1")
-    has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
-    arch = "maskrcnn" if has_masks else "fasterrcnn"
+    masks = any(key.startswith("roi_heads.mask_head.") for key in state)
+    arch = "maskrcnn" if masks else "fasterrcnn"
     classes = len(state.get(CLASSES, "no"))  # what is missing is told below
     student = build_student(build_detector(arch, min_size, max_size, classes), len(narrowest))
     load_weights(student, state, path)
     return student, arch
 
-
 # ---- a teacher without downloads -----------------------------------------------------------------
 @torch.no_grad()
 def random_teacher(arch: str, images: list[Tensor], seed: int = 0, min_size: int = 800,
                    max_size: int = 1333) -> nn.Module:
-    """Build a seeded random detector whose features are well scaled and which detects something.
+    """Build a seeded random detector, for the demo and tests; it knows nothing, but detects.
 
-    images: float (3, h, w) in [0, 1], to set FrozenBatchNorm2d's statistics by, and to spread the
-    class scores. It knows nothing and finds only the demo's categories: for the demo and tests.
+    images: float (3, h, w) in [0, 1], to scale its features and spread its class scores by.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -430,13 +389,13 @@ def random_teacher(arch: str, images: list[Tensor], seed: int = 0, min_size: int
         norm.running_var.copy_(inputs[0].var((0, 2, 3)).clamp(min=1e-6))
 
     def spread(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
-        scores = F.linear(inputs[0], linear.weight)  # (RoIs, 91)
+        scores = nn.functional.linear(inputs[0], linear.weight)  # (RoIs, 91)
         linear.weight.mul_(3 / (scores - scores.mean(0)).std())
-        linear.bias.copy_(-F.linear(inputs[0], linear.weight).mean(0))
+        linear.bias.copy_(-nn.functional.linear(inputs[0], linear.weight).mean(0))
         linear.bias[3:] -= 20
 
-    norms = [m for m in detector.modules() if isinstance(m, FrozenBatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(calibrate) for norm in norms]
+    hooks = [m.register_forward_pre_hook(calibrate) for m in detector.modules()
+             if isinstance(m, FrozenBatchNorm2d)]
     hooks.append(detector.roi_heads.box_predictor.cls_score.register_forward_pre_hook(spread))
     detector(images)
     for hook in hooks:

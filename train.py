@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import math
 import signal
 import sys
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,10 +33,9 @@ from distributed import log
 @dataclass(frozen=True)
 class Experiment:
     """One row of the results table, with every number of its recipe."""
-
     arch: str                            # "fasterrcnn" or "maskrcnn", for teacher and student
     published_loss: tuple[float, ...]    # mean over each epoch's first 9,001 steps
-    published_box_map: dict[int, float]  # after the epochs, counted from 0, that bettered it
+    published_box_map: dict[int, float]  # after the epochs that bettered it, counted from 0
     bottleneck_channels: int = 3         # channels that cross the split point
     epochs: int = 20
     images_per_step: int = 12            # over all processes and micro-batches together
@@ -53,32 +50,22 @@ class Experiment:
 
 
 # Both: arXiv 2011.12913, torchdistill's rrpr2020 configurations and the logs beside them.
-FASTERRCNN = Experiment(
-    arch="fasterrcnn",
-    published_loss=(
-        2.337e6, 1.174e6, 1.094e6, 1.054e6, 1.027e6, 0.982e6, 0.975e6, 0.972e6, 0.968e6, 0.967e6,
-        0.962e6, 0.961e6, 0.957e6, 0.957e6, 0.954e6, 0.947e6, 0.948e6, 0.946e6, 0.950e6, 0.947e6),
+FASTERRCNN = Experiment("fasterrcnn", published_loss=(
+    2.337e6, 1.174e6, 1.094e6, 1.054e6, 1.027e6, 0.982e6, 0.975e6, 0.972e6, 0.968e6, 0.967e6,
+    0.962e6, 0.961e6, 0.957e6, 0.957e6, 0.954e6, 0.947e6, 0.948e6, 0.946e6, 0.950e6, 0.947e6),
     published_box_map={
         0: 0.3519, 1: 0.3545, 3: 0.3549, 4: 0.3558, 5: 0.3578, 6: 0.3579, 11: 0.3586})
-MASKRCNN = Experiment(
-    arch="maskrcnn",
-    published_loss=(
-        2.499e6, 1.482e6, 1.392e6, 1.398e6, 1.286e6, 1.256e6, 1.210e6, 1.202e6, 1.195e6, 1.191e6,
-        1.184e6, 1.184e6, 1.174e6, 1.174e6, 1.171e6, 1.161e6, 1.161e6, 1.158e6, 1.165e6, 1.159e6),
+MASKRCNN = Experiment("maskrcnn", published_loss=(
+    2.499e6, 1.482e6, 1.392e6, 1.398e6, 1.286e6, 1.256e6, 1.210e6, 1.202e6, 1.195e6, 1.191e6,
+    1.184e6, 1.184e6, 1.174e6, 1.174e6, 1.171e6, 1.161e6, 1.161e6, 1.158e6, 1.165e6, 1.159e6),
     published_box_map={0: 0.3601, 1: 0.3659, 5: 0.3684, 8: 0.3690, 10: 0.3691})
 EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
 TRAINED = ("backbone.body.conv1.", "backbone.body.layer1.")  # keys of all that training changes
 
 
 def split_step(images: int, processes: int) -> tuple[int, int]:
-    """Return a step's images in a micro-batch, at most 4, and its micro-batches on each process.
-
-    Raises argparse.ArgumentError where the processes cannot share the step evenly.
-    """
-    share, rest = divmod(images, processes)
-    if rest or not share:
-        raise argparse.ArgumentError(None, f"{processes} processes cannot share {images} images a "
-                                     "step evenly: see --nproc_per_node and --images-per-step")
+    """Return a step's images in a micro-batch, at most 4, and its micro-batches on each process."""
+    share = images // processes
     micro_batch = max(size for size in (1, 2, 3, 4) if share % size == 0)
     return micro_batch, share // micro_batch
 
@@ -92,22 +79,21 @@ def build_optimizer(stem: nn.Module, recipe: Experiment) -> tuple[torch.optim.Ad
 @dataclass
 class Progress:
     """How far a run is: all that its checkpoints hold of it besides weights and optimizer."""
-
     epoch: int = 0                   # that is being trained or validated, counted from 0
     step: int = 0                    # steps of it that are done
     loss_sum: float = 0.0            # over these
-    best_box_map: float = -math.inf  # of all epochs validated
+    best_box_map: float = float("-inf")
 
 
 def train(
     experiment: Experiment, distiller: models.Distiller, transform: nn.Module, loader: Iterable,
     optimizer: torch.optim.Optimizer, progress: Progress, report: Callable[..., None],
-    bf16: bool = False, log_every: int = 100, save_every: int = 2000,
+    log_every: int = 100, save_every: int = 2000,
 ) -> int:
     """Train to the end of the epoch, the next save or a signal, whose number is returned (else 0).
 
     transform: the detector's own GeneralizedRCNNTransform. loader: lists of uint8 (3, h, w) images.
-    progress moves along with each report. Raises FloatingPointError, on all processes alike.
+    progress moves along with reports. Raises FloatingPointError, on all processes alike.
     """
     stem, sampler, epoch = distiller.student_stem, loader.batch_sampler, progress.epoch
     device, processes = next(stem.parameters()).device, distributed.world_size()
@@ -130,12 +116,10 @@ def train(
             batch = batch.contiguous(memory_format=models.memory_format(device))
             syncs = processes == 1 or micro_step == accumulation
             with contextlib.nullcontext() if syncs else stem.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    student_maps, teacher_maps = distiller(batch)
-                loss, errors = losses.ghnd_loss(
-                    student_maps, teacher_maps, experiment.layer_weights)  # errors: (layers,)
+                maps, wanted = distiller(batch)  # the student's and the teacher's
+                loss, errors = losses.ghnd_loss(maps, wanted, experiment.layer_weights)
                 (loss * scale * processes).backward()
-            sums[:2] += torch.stack([errors, losses.squared_norms(teacher_maps)])
+            sums[:2] += torch.stack([errors, losses.squared_norms(wanted)])
         optimizer.step()
         stop = distributed.noted_signal()
         pausing = stop or step == steps or step % save_every == 0
@@ -164,18 +148,17 @@ def train(
 # ---- the run -------------------------------------------------------------------------------------
 def parse_args() -> tuple[argparse.Namespace, Experiment]:
     """Read the command line; return it and the experiment that it asks for."""
-    parser = evaluate.Parser(description="Train a student by head network distillation.")
+    parser = argparse.ArgumentParser(usage=evaluate.USAGE, description="Train a GHND student.")
     flag = parser.add_argument
     count = partial(parser.add_argument, type=evaluate.positive, metavar="N")
     flag("--arch", choices=EXPERIMENTS, help="which experiment to run; needed unless --demo")
-    flag("--demo", action="store_true",
-         help="a small run on drawn images and a random teacher, all below demo/ or --output-dir")
+    flag("--demo", action="store_true", help="a small run without data, in demo/ or --output-dir")
     evaluate.add_common_flags(parser)
     flag("--output-dir", type=evaluate.path, metavar="DIR", default="coco/ghnd",
-         help="folder of the best checkpoint; below it, last.pt and logs (%(default)s)")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--resume", action="store_true", help="continue from last.pt, if there is one")
-    either("--overwrite", action="store_true", help="replace the checkpoints of another run")
+         help="folder for the best checkpoint, last.pt and logs (%(default)s)")
+    either = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
+    either("--resume", help="continue from last.pt, if there is one")
+    either("--overwrite", help="replace the checkpoints of another run")
     count("--save-every", default=2000, help="write last.pt after so many steps too (%(default)s)")
     count("--log-every", default=100, help="print a line after so many steps (%(default)s)")
     count("--limit-train", help="use only the first N images of train2017")
@@ -197,29 +180,29 @@ def parse_args() -> tuple[argparse.Namespace, Experiment]:
         parser.error("--arch fasterrcnn or --arch maskrcnn is needed")
     given = {key: value for key, value in vars(args).items()
              if key in Experiment.__annotations__ and value is not None}
-    return args, replace(EXPERIMENTS[args.arch], **given)
+    experiment = replace(EXPERIMENTS[args.arch], **given)
+    images, processes = experiment.images_per_step, distributed.world_size()
+    if images % processes:
+        parser.error(f"{processes} processes cannot share {images} images a step evenly: see "
+                     "--nproc_per_node and --images-per-step")
+    return args, experiment
 
 
 def prepare_demo(args: argparse.Namespace, experiment: Experiment) -> None:
     """Draw the demo's images and make its teacher, if an earlier demo has not done it."""
-    if not args.data_dir.exists():
-        data.write_demo_dataset(args.data_dir)
     if not args.teacher_ckpt.exists():
+        data.write_demo_dataset(args.data_dir)
         files = sorted((args.data_dir / "train2017").iterdir())[:8]
         teacher = models.random_teacher(args.arch, [data.read_image(f) / 255 for f in files], 0,
                                         experiment.min_size, experiment.max_size)
         models.save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
 
 
-def open_output(best: Path, last: Path, metrics: Path, config: dict[str, Any], resume: bool,
-                overwrite: bool) -> dict[str, Any] | None:
-    """Lock a run's folder, log into it, return last.pt's content if there is a run to resume.
-
-    Raises FileExistsError or ValueError where what is there is another run's.
-    """
-    with models.writing(last.parent):
-        last.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(last.with_name("train.log"))
+def open_output(best: Path, last: Path, metrics: Path, config: dict, resume: bool,
+                overwrite: bool) -> dict | None:
+    """Lock a run's folder, log into it, return last.pt's content if there is a run to resume."""
+    last.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(last.with_name("train.log"))
     try:
         fcntl.lockf(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
     except BlockingIOError as error:
@@ -236,17 +219,17 @@ def open_output(best: Path, last: Path, metrics: Path, config: dict[str, Any], r
         content = models.load_checkpoint(path) if resume else {}
         before = content.get("config")
         if not isinstance(before, dict) or "train_images" not in before:
-            raise FileExistsError(f"{path} exists and this run did not write it; see --resume, for "
-                                  "a run that has left a last.pt, --output-dir and --overwrite")
+            raise FileExistsError(f"{path} exists and this run did not write it; see --resume (for "
+                                  "a run with a last.pt), --output-dir and --overwrite")
         changed = [f"{key} {before.get(key)}, not {value}" for key, value in config.items()
                    if before.get(key) != value and key != "epochs" and "published" not in key]
         if changed:
             raise ValueError(f"{path} belongs to another run, with {', '.join(changed)}; give it "
                              "those settings, or another --output-dir")
-    return content if best.exists() or content is None else {**content, "best_value": -math.inf}
+    return content if best.exists() or content is None else {**content, "best_value": float("-inf")}
 
 
-def restore(content: dict[str, Any], path: Path, student: nn.Module,
+def restore(content: dict, path: Path, student: nn.Module,
             optimizer: torch.optim.Optimizer, scheduler: MultiStepLR) -> Progress:
     """Load last.pt's content. Raises ValueError if it is broken, or of another teacher."""
     state = models.detector_state(content, path)
@@ -263,7 +246,7 @@ def restore(content: dict[str, Any], path: Path, student: nn.Module,
         raise ValueError(f"{path} was not written by this train.py ({error})") from error
 
 
-def append_record(metrics: Path, **record: Any) -> None:
+def append_record(metrics: Path, **record: object) -> None:
     """Append a record to metrics.jsonl, and log a line on it if it is a training step's."""
     if record["kind"] == "step":
         log("epoch {epoch} step {step}/{steps} loss {loss:.4e} relative errors {errors} lr {lr:.0e}"
@@ -278,6 +261,8 @@ def append_record(metrics: Path, **record: Any) -> None:
 def main() -> None:
     args, experiment = parse_args()
     device, processes = distributed.set_up(args.device), distributed.world_size()
+    if args.amp and not models.has_bf16(device):
+        raise ValueError(f"--amp bf16: this {device.type} has no bfloat16; leave the flag out")
     micro_batch, accumulation = split_step(experiment.images_per_step, processes)
     name = f"coco2017-custom_{args.arch}_resnet_fpn_from_{args.arch}_resnet50_fpn"  # torchdistill's
     best, last, metrics = (args.output_dir / path for path in (
@@ -295,6 +280,7 @@ def main() -> None:
     teacher = distributed.from_main(models.load_teacher, args.arch, args.teacher_ckpt,
                                     experiment.min_size, experiment.max_size)
     val = evaluate.ValSet(args.data_dir, teacher, args.limit_val)
+    common = val, device, args.workers
     config = asdict(experiment) | {"train_images": len(index), "val_images": len(val.index)}
     content = distributed.from_main(
         open_output, best, last, metrics, config, args.resume, args.overwrite)
@@ -302,7 +288,7 @@ def main() -> None:
     student = models.build_student(teacher, experiment.bottleneck_channels)
     for detector in (teacher, student):
         models.to_device(detector, device)
-    distiller = models.Distiller(teacher, student)
+    distiller = models.Distiller(teacher, student, bf16=args.amp == "bf16")
     stem, progress = distiller.student_stem, Progress()
     optimizer, scheduler = build_optimizer(stem, experiment)
     if content is not None:
@@ -313,8 +299,6 @@ def main() -> None:
         distiller.student_stem.broadcast_buffers = False  # once, before saving, is enough
     log(f"{args.arch}: {len(index)} training images, {steps} steps an epoch of {processes} x "
         f"{accumulation} x {micro_batch}; {len(val.index)} validation images; on {device.type}")
-
-    common = val, device, args.workers
 
     def save(path: Path) -> None:
         if distributed.rank() == 0:  # torchdistill's entries, then ours
@@ -327,7 +311,7 @@ def main() -> None:
     while progress.epoch < experiment.epochs:
         with distributed.noting_signals():
             stop = train(experiment, distiller, teacher.transform, loader, optimizer, progress,
-                         report, args.amp == "bf16", args.log_every, args.save_every)
+                         report, args.log_every, args.save_every)
             distributed.broadcast_buffers(stem)
             save(last)
             if stop:
@@ -338,8 +322,7 @@ def main() -> None:
             continue
         epoch, loss = progress.epoch, progress.loss_sum / steps
         figures, *_ = evaluate.evaluate(student, *common, f"validation {epoch}")
-        box_map = figures["bbox"][0]
-        is_best = box_map > progress.best_box_map
+        box_map, is_best = figures["bbox"][0], figures["bbox"][0] > progress.best_box_map
         progress.best_box_map = max(box_map, progress.best_box_map)
         report(kind="epoch", epoch=epoch, loss=loss, figures=figures, best=is_best)
         log(f"epoch {epoch}: mean loss {loss:.4e}, box mAP {box_map:.4f}, best so far "
@@ -363,16 +346,14 @@ def main() -> None:
     log(f"{best}\n{evaluate.table(rows, student)}")
     if args.demo:
         pictures = args.output_dir / "pictures"
-        distributed.from_main(evaluate.draw, val, (truths, results), pictures, 20)
+        distributed.from_main(evaluate.draw, val, (truths, results), pictures, len(val.index))
         torch.manual_seed(experiment.seed)
-        student = models.build_student(teacher, experiment.bottleneck_channels)
-        _, results, _ = evaluate.evaluate(student, *common, "a fresh student")
-        fresh, trained = evaluate.agreement(val, truths, results)["bbox"], rows["agreement"]["bbox"]
-        log(f"agreement with the teacher, AP: {fresh[0]:.4f} before training, {trained[0]:.4f} after;"
-            f" see {pictures}/ (the labels say nothing of a random teacher)\n"
+        fresh = models.build_student(teacher, experiment.bottleneck_channels)
+        fresh = evaluate.agreement(val, truths, evaluate.evaluate(fresh, *common, "a fresh one")[1])
+        log(f"agreement was {fresh['bbox'][0]:.4f} before training; {pictures}/ shows what both find"
+            " (the labels say nothing of a random teacher). What is sent, and what it is good for:\n"
             f"    python evaluate.py --ckpt {best} --teacher-ckpt {args.teacher_ckpt} --data-dir "
-            f"{args.data_dir} --min-size {experiment.min_size} --max-size {experiment.max_size} "
-            "--bits 32 16 8 6 4 2")
+            f"{args.data_dir} --min-size {args.min_size} --max-size {args.max_size} --bits 32 8 4 2")
 
 
 if __name__ == "__main__":

@@ -99,13 +99,12 @@ def assert_same_run(a, b):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_stopped_at_eight_moments_ends_as_one_that_never_was(
+def test_a_run_that_is_stopped_at_six_moments_ends_as_one_that_never_was(
         processes, flags, whole, tmp_path):
     rng, positions = random.Random(0), []
     flags = [*flags, "--output-dir", tmp_path, "--resume"]
-    moments = ["before the second save", "in the third step", "in the third step, by force",
-               "after the second save", "in validation",
-               *(f"after {rng.uniform(0.5, 4):.2f} s" for _ in range(3))]
+    moments = ["before the second save", "in the third step", "after the second save",
+               *(f"after {rng.uniform(0.5, 4):.2f} s" for _ in range(2)), "in validation"]
     for moment in moments:
         run = Run(partial(dying, moment), flags, processes, name="train.py")
         statuses = run.wait()
@@ -146,21 +145,15 @@ def test_sigterm_under_torchrun_and_another_number_of_processes(flags, tmp_path)
     assert load(tmp_path / BEST)["best_value"] >= 0
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_process_that_dies_under_torchrun(restarts, flags, whole, tmp_path):
+def test_torchrun_restarts_a_run_whose_process_dies(flags, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               f"--max-restarts={restarts}", "--monitor-interval=0.1", __file__, *flags,
+               "--max-restarts=1", "--monitor-interval=0.1", __file__, *flags,
                "--output-dir", tmp_path, "--resume"]
-    begin = time.monotonic()
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert "Signal 9 (SIGKILL) received by PID" in process.stderr or restarts
+    assert process.returncode == 0, process.stderr
     assert "error: another process died" not in process.stderr
-    if restarts:
-        assert process.returncode == 0, process.stderr
-        assert "resuming at epoch 0 after step 2" in process.stdout
-        assert_same_run(tmp_path, whole(2))
-    else:
-        assert process.returncode != 0 and time.monotonic() - begin < 60 and load(tmp_path / LAST)
+    assert "resuming at epoch 0 after step 2" in process.stdout
+    assert_same_run(tmp_path, whole(2))
 
 
 def test_two_runs_never_write_to_one_folder(flags, tmp_path):

@@ -107,8 +107,8 @@ def test_detect_on_its_device_is_the_detectors_own_forward(arch, teacher, monkey
             assert same(moved.state_dict(), detector.state_dict())
             images, _ = moved.transform([image])
             assert same(images.tensors, detector.transform([image])[0].tensors)
-        found = models.detect(moved, images, moved.backbone.body(images.tensors))
-        found = moved.transform.postprocess([found], images.image_sizes, [(90, 131)])
+        found, resized, original = models.detect(moved, image)
+        found = moved.transform.postprocess([found], [resized], [original])
         wanted = detector([image])
         assert same(found, wanted) and len(wanted[0]["boxes"]) > 1
         assert ("masks" in wanted[0]) == (arch == "maskrcnn")

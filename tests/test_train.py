@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 import data
 import distributed
 import evaluate
+import losses
 import models
 import train
 
@@ -31,7 +32,7 @@ def test_experiments_are_the_published_ones(arch):
     experiment, published = train.EXPERIMENTS[arch], PUBLISHED[arch]["epochs"]
     assert asdict(experiment) == {
         "arch": arch, "bottleneck_channels": 3, "epochs": 20, "images_per_step": 12,
-        "reference_batch": 4, "lr": 1e-3, "lr_drops": (5, 15), "lr_drop_factor": 0.1,
+        "reference_batch": 4, "layer_weights": (1, 1, 1, 1), "lr": 1e-3, "lr_drops": (5, 15), "lr_drop_factor": 0.1,
         "min_size": 800, "max_size": 1333, "seed": 0,
         "published_box_map": {i: epoch["new_best_bbox_map"] for i, epoch in enumerate(published)
                               if "new_best_bbox_map" in epoch},
@@ -60,12 +61,15 @@ def test_an_edited_experiment_is_what_is_trained(monkeypatch):
 @pytest.mark.parametrize("processes, expected", [
     (1, (4, 3)), (2, (3, 2)), (3, (4, 1)), (4, (3, 1)), (6, (2, 1)), (12, (1, 1)),
     (5, None), (7, None), (8, None), (24, None)])
-def test_twelve_images_are_shared_as_the_recipe_says(processes, expected):
+def test_twelve_images_are_shared_as_the_recipe_says(processes, expected, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    monkeypatch.setattr("sys.argv", ["train.py", "--arch", "maskrcnn"])
     if expected:
-        assert train.split_step(12, processes) == expected
+        assert train.split_step(train.parse_args()[1].images_per_step, processes) == expected
     else:
-        with pytest.raises(Exception, match=f"{processes} processes cannot share 12 "):
-            train.split_step(12, processes)
+        with pytest.raises(SystemExit, match="2"):
+            train.parse_args()
+        assert f"{processes} processes cannot share 12 images" in capsys.readouterr().err
 
 
 # ---- one step is the same step on any number of processes
@@ -153,7 +157,7 @@ def three_processes(dataset, teachers, tmp_path_factory):
     """A whole run of Mask R-CNN under torchrun, on 3 processes: its output folder and its process."""
     folder = tmp_path_factory.mktemp("three")
     process = run_script("train.py", *flags("maskrcnn", dataset, teachers, folder, "--epochs", 1,
-                                            "--limit-train", 24, "--limit-val", 7), nproc=3)
+                                            "--limit-train", 24, "--limit-val", 3), nproc=3)
     assert process.returncode == 0, process.stderr
     return folder, process
 
@@ -193,7 +197,7 @@ def test_the_checkpoint_gives_the_figures_of_its_last_validation(
         three_processes, dataset, processes):
     folder = three_processes[0]
     run = finish(evaluate.main, "--ckpt", folder / BEST.format("maskrcnn"), "--data-dir", dataset,
-                 *SIZE_FLAGS, "--limit-val", 7, processes=processes)
+                 *SIZE_FLAGS, "--limit-val", 3, processes=processes)
     validated = records(folder / "maskrcnn", "epoch")[-1]["figures"]
     assert json.loads(run.out.splitlines()[-1])["student"] == validated
     assert records(folder / "maskrcnn", "test")[0]["figures"]["student"] == validated
@@ -234,7 +238,7 @@ def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(
 
     saved, load = {}, models.load_checkpoint
     monkeypatch.setattr(train, "train", train_nothing)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"bbox": [0.35] * 12})
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: ({"bbox": [0.35] * 12}, [], None))
     monkeypatch.setattr(models, "save_checkpoint", lambda content, path: saved.update({path: content}))
     monkeypatch.setattr(models, "load_checkpoint", lambda path: saved.get(path) or load(path))
     with caplog.at_level("INFO", "ghnd"):
@@ -244,6 +248,17 @@ def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(
     assert "epoch 1: mean loss 0.0000e+00, box mAP 0.3500, best so far 0.3500" in caplog.text
 
 
+def test_bfloat16_is_refused_where_it_would_be_emulated(dataset, teachers, tmp_path, monkeypatch, call):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    told = call(train.main, *flags("fasterrcnn", dataset, teachers, tmp_path, "--amp", "bf16"))
+    assert told == (1, "train.py: error: --amp bf16: this cpu has no bfloat16; leave the flag out\n")
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, s=supported: s and not including_emulation)
+        assert models.has_bf16(torch.device("cuda")) == supported
+
+
+@pytest.mark.skipif(not models.has_bf16(torch.device("cpu")), reason="this CPU has no bfloat16")
 def test_bfloat16_trains_too(dataset, teachers, tmp_path):
     finish(train.main, *flags("fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1,
                               "--limit-train", 12, "--limit-val", 2, "--amp", "bf16"))
@@ -252,7 +267,7 @@ def test_bfloat16_trains_too(dataset, teachers, tmp_path):
 
 
 def test_the_demo_shows_what_it_says(tmp_path, monkeypatch, capfd):
-    process = run_script("train.py", "--demo", "--epochs", 1, cwd=tmp_path)
+    process = run_script("train.py", "--demo", "--epochs", 1, "--limit-val", 2, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     steps = records(tmp_path / "demo" / "fasterrcnn", "step")
     assert [step["step"] for step in steps] == list(range(1, 10))
@@ -260,15 +275,49 @@ def test_the_demo_shows_what_it_says(tmp_path, monkeypatch, capfd):
         first, last = (sum(s["relative_errors"][layer] for s in part)
                        for part in (steps[:3], steps[-3:]))
         assert last < 0.9 * first
+    assert len(list((tmp_path / "demo" / "pictures").iterdir())) == 2
     command = process.stdout.splitlines()[-1].split()
     assert command[:2] == ["python", "evaluate.py"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", command[1:])
+    monkeypatch.setattr("sys.argv", [*command[1:], "--limit-val", "2"])
     with pytest.raises(SystemExit, match="0"):
         distributed.run(evaluate.main)
     figures = json.loads(capfd.readouterr().out.splitlines()[-1])
     tested = records(tmp_path / "demo" / "fasterrcnn", "test")[0]["figures"]
-    assert {who: figures[who] for who in tested} == tested
+    assert {who: figures[who] for who in tested} == tested  # 32 bits are the student as it is
+    assert [row["bits"] for row in figures["rate"]] == [32, 8, 4, 2]
+
+
+def test_the_weights_of_the_layers_are_the_experiments(dataset, teachers, tmp_path, monkeypatch, call):
+    """With (1, 0, 0, 0), which is HND, the loss is layer1's alone, and so is the gradient."""
+    monkeypatch.setitem(train.EXPERIMENTS, "fasterrcnn",
+                        replace(train.FASTERRCNN, layer_weights=(1, 0, 0, 0)))
+    terms, ghnd_loss = [], losses.ghnd_loss
+    monkeypatch.setattr(losses, "ghnd_loss", lambda *args: terms.append(ghnd_loss(*args)) or terms[-1])
+    common = flags("fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1, "--limit-train", 12,
+                   "--limit-val", 1, "--bottleneck-channels", 6)
+    assert call(train.main, *common) == (0, "")
+    assert all(loss == errors[0] for loss, errors in terms) and len(terms) == 3
+    wanted = sum(loss.item() for loss, _ in terms) / 3
+    assert records(tmp_path / "fasterrcnn", "step")[0]["loss"] == pytest.approx(wanted, rel=1e-6)
+    best = tmp_path / BEST.format("fasterrcnn")
+    assert models.load_student(best)[0].backbone.body.layer1.encoder[7].out_channels == 6
+    assert "published" not in (tmp_path / "fasterrcnn" / "train.log").read_text()
+    told = call(train.main, *common, "--resume", "--bottleneck-channels", 3)
+    assert told[0] == 1 and "with bottleneck_channels 6, not 3" in told[1]
+
+
+def test_a_teacher_of_21_classes_end_to_end(dataset, tmp_path, call, capfd):
+    """A data set of one's own: the number of classes follows from the teacher, then the student."""
+    torch.manual_seed(0)
+    teacher = models.build_detector("fasterrcnn", classes=21)
+    torch.save(teacher.state_dict(), tmp_path / "fasterrcnn.pt")
+    common = flags("fasterrcnn", dataset, {"fasterrcnn": tmp_path / "fasterrcnn.pt"}, tmp_path / "out")
+    assert call(train.main, *common, "--epochs", 1, "--limit-train", 12, "--limit-val", 1) == (0, "")
+    best = tmp_path / "out" / BEST.format("fasterrcnn")
+    student, arch = models.load_student(best)
+    assert arch == "fasterrcnn" and student.roi_heads.box_predictor.cls_score.out_features == 21
+    finish(evaluate.main, "--ckpt", best, "--data-dir", dataset, *SIZE_FLAGS, "--limit-val", 1)
 
 
 # ---- what a GPU would show
