@@ -58,10 +58,7 @@ def parse_annotations(annotation_file: Path) -> Index:
 
 
 def load_index(annotation_file: Path) -> Index:
-    """Index an annotation file, or take the index that was cached in torch.hub's folder last time.
-
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing or is not COCO's.
-    """
+    """Index an annotation file, or take the index that was cached in torch.hub's folder before."""
     if not annotation_file.is_file():
         raise FileNotFoundError(f"{annotation_file} is missing; --data-dir must hold annotations/, "
                                 "train2017/ and val2017/ as COCO does")
@@ -79,11 +76,9 @@ def load_index(annotation_file: Path) -> Index:
 
 
 def load_split(data_dir: Path, split: str, limit: int | None = None) -> tuple[Index, Path]:
-    """Return the images of "train" (usable ones) or "val" (all), and the folder they lie in.
+    """Return the first `limit` images of "train" (usable ones) or "val" (all), and their folder.
 
-    Read on the main process alone. limit: take only the first so many.
-    Raises FileNotFoundError or ValueError, naming the path, also where an image is not in the
-    folder: better now than after an epoch.
+    Raises FileNotFoundError or ValueError, naming the path, also where an image is not there.
     """
     folder = data_dir / f"{split}2017"
     annotation_file = data_dir / "annotations" / f"instances_{split}2017.json"
@@ -105,8 +100,7 @@ def load_split(data_dir: Path, split: str, limit: int | None = None) -> tuple[In
 def read_image(path: Path) -> Tensor:
     """Decode a JPEG or PNG file to RGB, (3, h, w) uint8; greyscale is repeated on the 3 channels.
 
-    By torchvision's decoder or, since it is to be removed from torchvision, by Pillow, whose pixels
-    are the same. Raises FileNotFoundError or ValueError, naming the file.
+    By torchvision or, for the day when its decoders are gone, by Pillow, with the same pixels.
     """
     if not path.is_file():
         raise FileNotFoundError(f"image {path} is missing")
@@ -135,8 +129,8 @@ class CocoImages(Dataset):
 def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, k: int = 3) -> np.ndarray:
     """Group images by width / height: (N,) ints from 0 to 2k + 1.
 
-    The bins are 2 ** linspace(-1, 1, 2k + 1), a ratio on an edge falls in the upper group
-    (torchvision references, create_aspect_ratio_groups).
+    The bins are 2 ** linspace(-1, 1, 2k + 1); an edge is in the upper group (torchvision
+    references, create_aspect_ratio_groups).
     """
     return np.searchsorted(2 ** np.linspace(-1, 1, 2 * k + 1), widths / heights, side="right")
 
@@ -144,9 +138,8 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, k: int = 3) -> 
 def group_batches(order: Iterable[int], groups: Sequence[int], batch_size: int) -> list[list[int]]:
     """Cut an order of images into batches of one group each, in the order in which they fill up.
 
-    Left-over groups, largest first, are filled up from the images first seen in the same group,
-    until there are len(order) // batch_size batches (torchvision references, GroupedBatchSampler,
-    which fails where a group has too few images to fill its batch; here they are repeated).
+    Left-over groups, largest first, are filled up from what was first seen in them, repeated if
+    need be, until there are len(order) // batch_size batches (torchvision, GroupedBatchSampler).
     """
     batches, pending, seen = [], defaultdict(list), defaultdict(list)
     for image in order:
@@ -166,9 +159,8 @@ def group_batches(order: Iterable[int], groups: Sequence[int], batch_size: int) 
 class GroupedBatches(Sampler):
     """This process's batches of (position, flip), a function of (seed, epoch, rank) alone.
 
-    The order is DistributedSampler's; whether an image is flipped follows from seed, epoch and the
-    image, not from the process or worker that loads it. Set `epoch` before each pass, and `skip`,
-    the number of batches to leave out, to take up an epoch again in its midst.
+    The order is DistributedSampler's; flips follow from seed, epoch and image. Set `epoch` before
+    each pass, and `skip`, the number of batches to leave out, to take up an epoch in its midst.
     """
     def __init__(self, index: Index, batch_size: int, rank: int, world_size: int,
                  seed: int = 0) -> None:

@@ -70,8 +70,7 @@ def _tell(error: Exception) -> int:
         message = "another process died, which tells why" if peer_died else message
     logger.debug("%s", full)  # for the log file
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", flush=True,
-              file=sys.__stderr__ if rank() > 0 else sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.__stderr__, flush=True)
     return 1
 
 
@@ -80,21 +79,18 @@ def set_up(device: str = "auto") -> torch.device:
 
     Raises ValueError, on all processes of a machine alike, where it has too few GPUs.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
+    if device == "cuda" or device == "auto" and torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if gpus < here:
             raise ValueError(f"--device cuda: this machine has {gpus} GPUs for {here} processes; "
                              "lower --nproc_per_node or use --device cpu")
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device := f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     if world_size() > 1:  # torchrun's store outlives a restart, with the dead's addresses in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
                                  next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", store=store,
-                                rank=rank(), world_size=world_size())
-    return torch.device(device)
+        backend = "cpu:gloo,cuda:nccl" if "cuda" in device else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+    return torch.device("cpu" if device == "auto" else device)
 
 
 @contextlib.contextmanager

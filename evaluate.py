@@ -42,12 +42,8 @@ SILENCE = contextlib.redirect_stdout(io.StringIO())  # for pycocotools, which pr
 Results = list[dict[str, Any]]    # in COCO's format
 Figures = dict[str, list[float]]  # for "bbox" and, of a Mask R-CNN, "segm": the 12 FIGURES
 
-
 class ValSet:
-    """The first `limit` images of val2017 and all annotations, made ready for a kind of detector.
-
-    Raises FileNotFoundError or ValueError, naming what is missing, broken or beyond the detector.
-    """
+    """The first `limit` images of val2017 and all annotations, checked and ready for a detector."""
     def __init__(self, data_dir: Path, detector: nn.Module, limit: int | None = None) -> None:
         self.index, self.folder = data.load_split(data_dir, "val", limit)
         self.kinds = ("bbox", "segm") if detector.roi_heads.has_mask() else ("bbox",)
@@ -93,10 +89,9 @@ def results_of_kind(results: Iterable[dict[str, Any]], kind: str) -> Results:
 def coco_figures(
     coco: COCO, results: Iterable[dict[str, Any]], image_ids: Sequence[int], kind: str
 ) -> list[float]:
-    """Return COCOeval's 12 figures for "bbox" or "segm" over these images, as pycocotools has them.
+    """Return COCOeval's 12 figures for "bbox" or "segm" over these images; -1: nothing to find.
 
-    To be called on all processes with the same arguments: each matches its share of the categories,
-    which COCOeval treats one by one. A figure is -1 where there is nothing to find.
+    To be called on all processes with the same arguments: each matches its share of the categories.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     categories = sorted(coco.getCatIds())
@@ -157,10 +152,7 @@ def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: in
 
 
 def agreement(val: ValSet, teacher: Results, student: Results) -> Figures:
-    """Return the student's figures with what the teacher is CERTAIN of as ground truth.
-
-    It needs no labels and is 1 for the teacher itself. To be called on all processes.
-    """
+    """Return the student's figures with what the teacher is CERTAIN of as truth; on all alike."""
     figures = {}
     for kind in val.kinds:
         coco, truths = COCO(), [r for r in teacher if r["score"] >= CERTAIN]
@@ -193,12 +185,11 @@ def rate_table(rate: list[dict[str, Any]], head: dict[str, int]) -> str:
     kinds = rate[0]["figures"]
     lines = ["bits" + "".join(f"  AP {k}" for k in kinds) + "   bytes of JPEG  head s  tail s"]
     for row in rate:
-        share = row["payload_bytes"] / row["jpeg_bytes"]
         lines.append(f"{row['bits']:4}" + "".join(f"{row['figures'][k][0]:9.4f}" for k in kinds)
-                     + f"{row['payload_bytes']:8.0f}{share:8.1%}"
+                     + f"{row['payload_bytes']:8.0f}{row['payload_bytes'] / row['jpeg_bytes']:8.1%}"
                      f"{row['head_seconds']:8.4f}{row['tail_seconds']:8.4f}")
-    return "\n".join(lines) + ("\nhead: {parameters:,} of the student's {student_parameters:,} "
-                               "parameters, 32 bits each".format(**head))
+    return "\n".join([*lines, "head: {parameters:,} of the student's {student_parameters:,} "
+                      "parameters, 32 bits each".format(**head)])
 
 
 def draw(val: ValSet, columns: Sequence[Results], folder: Path, count: int) -> None:
@@ -294,7 +285,6 @@ def main() -> None:
         file = args.save_detections
         file = file if kind == "bbox" else file.with_suffix(".segm.json")
         file.write_text(json.dumps(results_of_kind(results, kind)))
-        log(f"{len(results)} {kind} results written to {file}")
     log(table(rows, student))
     log(json.dumps({**rows, **summary}))
 

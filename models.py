@@ -37,8 +37,8 @@ def build_detector(arch: str, min_size: int = 800, max_size: int = 1333,
                    classes: int = 91) -> nn.Module:
     """Build torchvision's {arch}_resnet50_fpn without weights, frozen, in eval mode.
 
-    min_size, max_size: pixels, to which its transform resizes. classes: COCO's ids go up to 90, 0
-    is the background. FrozenBatchNorm2d has the published weights' eps, 0, not torchvision's 1e-5.
+    It resizes to min_size, max_size (pixels). Of the classes, 0 is the background. Its
+    FrozenBatchNorm2d have the published weights' eps, 0, where torchvision's default is 1e-5.
     """
     norm_layer = partial(FrozenBatchNorm2d, eps=0.0)
     backbone = resnet_fpn_backbone(
@@ -51,7 +51,6 @@ def load_teacher(arch: str, path: str | Path | None = None, min_size: int = 800,
                  max_size: int = 1333) -> nn.Module:
     """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
 
-    path: a torchvision-format state dict on disk; None downloads COCO_V1 into torch.hub's cache.
     Raises OSError or ValueError, naming the file, where the weights cannot be had or do not fit.
     """
     if path is None:
@@ -70,34 +69,30 @@ def load_teacher(arch: str, path: str | Path | None = None, min_size: int = 800,
 
 def memory_format(device: torch.device) -> torch.memory_format:
     """Return the layout in which a device convolves faster: measured in tests/README.md."""
-    if device.type == "cuda":
-        pays = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        pays = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    pays = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
+            else torch.backends.cpu.get_cpu_capability() == "AVX512")
     return torch.channels_last if pays else torch.contiguous_format
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether a device itself computes in bfloat16; emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Return whether a device itself computes in bfloat16: emulated, it is slower than float32."""
+    return (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+            else torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
     """Move a detector to its device, in its memory_format."""
     for name in ("image_mean", "image_std"):  # lists, which torchvision would copy for each image
-        constant = torch.as_tensor(getattr(detector.transform, name), device=device)
-        setattr(detector.transform, name, constant)
+        constants = torch.as_tensor(getattr(detector.transform, name), device=device)
+        setattr(detector.transform, name, constants)
     return detector.to(device, memory_format=memory_format(device))
 
 
 class Bottleneck(nn.Module):
     """The student's layer1: an encoder to a few channels, which cross the network, and a decoder.
 
-    Maps (B, 64, H, W) to (B, 256, H, W), H and W at stride 4, through (B, channels, H + 4, W + 4):
-    padded 2x2 convolutions grow H and W by one each, unpadded ones shrink them. Keys, shapes and
-    initialisation (PyTorch's default) are torchdistill 0.0.1's Bottleneck4LargeResNet's.
+    Maps (B, 64, H, W) to (B, 256, H, W), at stride 4, through (B, channels, H + 4, W + 4). Keys,
+    shapes and PyTorch's own initialisation are torchdistill 0.0.1's Bottleneck4LargeResNet's.
     """
     def __init__(self, channels: int = 3, bits: int | None = None) -> None:
         super().__init__()
@@ -319,11 +314,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} is not there")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > Path(path).stat().st_size:  # torch.save never compresses
-                raise ValueError("it would unpack to more than it is")
+        entries = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+        if sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+            raise ValueError("it would unpack to more than it is")  # torch.save never compresses
         with torch.serialization.safe_globals(allowed):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # as many kinds as there are kinds of damage
@@ -373,16 +366,13 @@ def load_student(path: str | Path, min_size: int = 800,
 @torch.no_grad()
 def random_teacher(arch: str, images: list[Tensor], seed: int = 0, min_size: int = 800,
                    max_size: int = 1333) -> nn.Module:
-    """Build a seeded random detector, for the demo and tests; it knows nothing, but detects.
-
-    images: float (3, h, w) in [0, 1], to scale its features and spread its class scores by.
-    """
+    """Build a seeded random detector; images, (3, h, w) in [0, 1], are to scale its features by."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = build_detector(arch, min_size, max_size)
     for name, norm in detector.backbone.body.named_modules():
-        if name.endswith(".bn3"):  # weak residual branches, as trained ones are: a few channels can
-            norm.weight.fill_(0.1)  # then carry much of layer1
+        if name.endswith(".bn3"):
+            norm.weight.fill_(0.1)  # weak residual branches, as trained ones are
 
     def calibrate(norm: FrozenBatchNorm2d, inputs: tuple[Tensor]) -> None:
         norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))

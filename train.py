@@ -1,4 +1,4 @@
-"""Train a bottleneck-injected detector by head network distillation, validate it, save it, test it.
+"""Train a bottleneck-injected detector by head network distillation, validate, save and test it.
 
     torchrun --nproc_per_node=3 train.py --arch maskrcnn     # any number of GPUs that divides 12
     python train.py --demo                                   # no GPU, no data, no downloads
@@ -60,14 +60,9 @@ MASKRCNN = Experiment("maskrcnn", published_loss=(
     1.184e6, 1.184e6, 1.174e6, 1.174e6, 1.171e6, 1.161e6, 1.161e6, 1.158e6, 1.165e6, 1.159e6),
     published_box_map={0: 0.3601, 1: 0.3659, 5: 0.3684, 8: 0.3690, 10: 0.3691})
 EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
+BEST = "coco2017-custom_{0}_resnet_fpn_from_{0}_resnet50_fpn.pt"  # as torchdistill's
+FILES = (BEST, "{0}/last.pt", "{0}/metrics.jsonl")
 TRAINED = ("backbone.body.conv1.", "backbone.body.layer1.")  # keys of all that training changes
-
-
-def split_step(images: int, processes: int) -> tuple[int, int]:
-    """Return a step's images in a micro-batch, at most 4, and its micro-batches on each process."""
-    share = images // processes
-    micro_batch = max(size for size in (1, 2, 3, 4) if share % size == 0)
-    return micro_batch, share // micro_batch
 
 
 def build_optimizer(stem: nn.Module, recipe: Experiment) -> tuple[torch.optim.Adam, MultiStepLR]:
@@ -92,8 +87,8 @@ def train(
 ) -> int:
     """Train to the end of the epoch, the next save or a signal, whose number is returned (else 0).
 
-    transform: the detector's own GeneralizedRCNNTransform. loader: lists of uint8 (3, h, w) images.
-    progress moves along with reports. Raises FloatingPointError, on all processes alike.
+    transform: the detector's own. loader: lists of uint8 (3, h, w) images. progress moves along
+    with reports. Raises FloatingPointError, on all processes alike.
     """
     stem, sampler, epoch = distiller.student_stem, loader.batch_sampler, progress.epoch
     device, processes = next(stem.parameters()).device, distributed.world_size()
@@ -181,20 +176,19 @@ def parse_args() -> tuple[argparse.Namespace, Experiment]:
     given = {key: value for key, value in vars(args).items()
              if key in Experiment.__annotations__ and value is not None}
     experiment = replace(EXPERIMENTS[args.arch], **given)
-    images, processes = experiment.images_per_step, distributed.world_size()
-    if images % processes:
-        parser.error(f"{processes} processes cannot share {images} images a step evenly: see "
-                     "--nproc_per_node and --images-per-step")
+    if experiment.images_per_step % distributed.world_size():
+        parser.error(f"{distributed.world_size()} processes cannot share "
+                     f"{experiment.images_per_step} images a step evenly")
     return args, experiment
 
 
-def prepare_demo(args: argparse.Namespace, experiment: Experiment) -> None:
+def prepare_demo(args: argparse.Namespace) -> None:
     """Draw the demo's images and make its teacher, if an earlier demo has not done it."""
     if not args.teacher_ckpt.exists():
         data.write_demo_dataset(args.data_dir)
         files = sorted((args.data_dir / "train2017").iterdir())[:8]
-        teacher = models.random_teacher(args.arch, [data.read_image(f) / 255 for f in files], 0,
-                                        experiment.min_size, experiment.max_size)
+        images, sizes = [data.read_image(f) / 255 for f in files], (args.min_size, args.max_size)
+        teacher = models.random_teacher(args.arch, images, 0, *sizes)
         models.save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
 
 
@@ -212,9 +206,9 @@ def open_output(best: Path, last: Path, metrics: Path, config: dict, resume: boo
         pass
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     distributed.logger.addHandler(handler)
-    content, resume = None, resume and last.exists()
     for path in (best, last, metrics) if overwrite else ():
         path.unlink(missing_ok=True)
+    content, resume = None, resume and last.exists()
     for path in filter(Path.exists, (best, last)):
         content = models.load_checkpoint(path) if resume else {}
         before = content.get("config")
@@ -263,20 +257,19 @@ def main() -> None:
     device, processes = distributed.set_up(args.device), distributed.world_size()
     if args.amp and not models.has_bf16(device):
         raise ValueError(f"--amp bf16: this {device.type} has no bfloat16; leave the flag out")
-    micro_batch, accumulation = split_step(experiment.images_per_step, processes)
-    name = f"coco2017-custom_{args.arch}_resnet_fpn_from_{args.arch}_resnet50_fpn"  # torchdistill's
-    best, last, metrics = (args.output_dir / path for path in (
-        f"{name}.pt", f"{args.arch}/last.pt", f"{args.arch}/metrics.jsonl"))
+    share = experiment.images_per_step // processes
+    micro_batch = max(size for size in (1, 2, 3, 4) if share % size == 0)
+    best, last, metrics = (args.output_dir / file.format(args.arch) for file in FILES)
     report = partial(append_record, metrics)
 
     if args.demo:
-        distributed.from_main(prepare_demo, args, experiment)
+        distributed.from_main(prepare_demo, args)
     index, images = data.load_split(args.data_dir, "train", args.limit_train)
     if len(index) < experiment.images_per_step:
         raise ValueError(f"{len(index)} images to train on are fewer than one step's "
                          f"{experiment.images_per_step}: see --limit-train, --images-per-step")
     loader = data.train_loader(index, images, micro_batch, experiment.seed, args.workers)
-    steps = len(loader) // accumulation
+    steps = len(loader) // (share // micro_batch)
     teacher = distributed.from_main(models.load_teacher, args.arch, args.teacher_ckpt,
                                     experiment.min_size, experiment.max_size)
     val = evaluate.ValSet(args.data_dir, teacher, args.limit_val)
@@ -286,19 +279,17 @@ def main() -> None:
         open_output, best, last, metrics, config, args.resume, args.overwrite)
     torch.manual_seed(experiment.seed)
     student = models.build_student(teacher, experiment.bottleneck_channels)
-    for detector in (teacher, student):
-        models.to_device(detector, device)
+    teacher, student = (models.to_device(detector, device) for detector in (teacher, student))
     distiller = models.Distiller(teacher, student, bf16=args.amp == "bf16")
-    stem, progress = distiller.student_stem, Progress()
+    stem = distiller.student_stem
     optimizer, scheduler = build_optimizer(stem, experiment)
-    if content is not None:
-        progress = restore(content, last, student, optimizer, scheduler)
-        log(f"resuming at epoch {progress.epoch} after step {progress.step}")
+    progress = restore(content, last, student, optimizer, scheduler) if content else Progress()
     if processes > 1:
         distiller.student_stem = nn.parallel.DistributedDataParallel(stem)
         distiller.student_stem.broadcast_buffers = False  # once, before saving, is enough
     log(f"{args.arch}: {len(index)} training images, {steps} steps an epoch of {processes} x "
-        f"{accumulation} x {micro_batch}; {len(val.index)} validation images; on {device.type}")
+        f"{share // micro_batch} x {micro_batch}; {len(val.index)} validation images; {device.type}; "
+        f"from epoch {progress.epoch}, step {progress.step} on")
 
     def save(path: Path) -> None:
         if distributed.rank() == 0:  # torchdistill's entries, then ours
@@ -322,26 +313,25 @@ def main() -> None:
             continue
         epoch, loss = progress.epoch, progress.loss_sum / steps
         figures, *_ = evaluate.evaluate(student, *common, f"validation {epoch}")
-        box_map, is_best = figures["bbox"][0], figures["bbox"][0] > progress.best_box_map
-        progress.best_box_map = max(box_map, progress.best_box_map)
-        report(kind="epoch", epoch=epoch, loss=loss, figures=figures, best=is_best)
-        log(f"epoch {epoch}: mean loss {loss:.4e}, box mAP {box_map:.4f}, best so far "
-            f"{progress.best_box_map:.4f}")
-        if (replace(experiment, seed=0) == EXPERIMENTS[args.arch] and not args.limit_train
-                and not args.limit_val and epoch < len(experiment.published_loss)):
+        box_map, before = figures["bbox"][0], progress.best_box_map
+        progress.best_box_map = max(box_map, before)
+        report(kind="epoch", epoch=epoch, loss=loss, figures=figures, best=box_map > before)
+        log(f"epoch {epoch}: mean loss {loss:.4e}, box mAP {box_map:.4f}, best before {before:.4f}")
+        full_data = not args.limit_train and not args.limit_val
+        if full_data and replace(experiment, seed=0) == EXPERIMENTS[args.arch] and epoch < 20:
             log(f"    published: mean loss {experiment.published_loss[epoch]:.4e} (of 9,001 steps),"
                 f" box mAP {experiment.published_box_map.get(epoch, 'no better than before')}")
-        if is_best:
+        if box_map > before:
             save(best)
         progress = Progress(epoch + 1, best_box_map=progress.best_box_map)
         scheduler.step()
 
     content = distributed.from_main(models.load_checkpoint, best)
     models.load_weights(student, models.detector_state(content, best), best)
-    rows = {}
-    rows["teacher"], truths, _ = evaluate.evaluate(teacher, *common, "test of the teacher")
-    rows["student"], results, _ = evaluate.evaluate(student, *common, "test of the student")
-    rows["agreement"] = evaluate.agreement(val, truths, results)
+    taught, truths, _ = evaluate.evaluate(teacher, *common, "test of the teacher")
+    figures, results, _ = evaluate.evaluate(student, *common, "test of the student")
+    rows = {"teacher": taught, "student": figures,
+            "agreement": evaluate.agreement(val, truths, results)}
     report(kind="test", epoch=progress.epoch, figures=rows)
     log(f"{best}\n{evaluate.table(rows, student)}")
     if args.demo:
@@ -350,10 +340,10 @@ def main() -> None:
         torch.manual_seed(experiment.seed)
         fresh = models.build_student(teacher, experiment.bottleneck_channels)
         fresh = evaluate.agreement(val, truths, evaluate.evaluate(fresh, *common, "a fresh one")[1])
-        log(f"agreement was {fresh['bbox'][0]:.4f} before training; {pictures}/ shows what both find"
-            " (the labels say nothing of a random teacher). What is sent, and what it is good for:\n"
-            f"    python evaluate.py --ckpt {best} --teacher-ckpt {args.teacher_ckpt} --data-dir "
-            f"{args.data_dir} --min-size {args.min_size} --max-size {args.max_size} --bits 32 8 4 2")
+        log(f"agreement was {fresh['bbox'][0]:.4f} before training (labels say nothing of a random "
+            f"teacher); {pictures}/ shows it. Try\n    python evaluate.py "
+            f"--ckpt {best} --teacher-ckpt {args.teacher_ckpt} --data-dir {args.data_dir} "
+            f"--min-size {args.min_size} --max-size {args.max_size} --bits 32 8 4 2")
 
 
 if __name__ == "__main__":

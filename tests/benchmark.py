@@ -83,10 +83,9 @@ def describe_machine(device):
     cpu = cpu.partition("model name\t: ")[2].split("\n")[0] or platform.processor()
     found = {"CPU": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
              "capability": torch.backends.cpu.get_cpu_capability(), "date": time.strftime("%F"),
-             "bf16": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()}
+             "bf16": models.has_bf16(device)}
     if device.type == "cuda":
-        bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        found = {"GPU": torch.cuda.get_device_name(device), **found, "bf16": bf16}
+        found = {"GPU": torch.cuda.get_device_name(device), **found}
     packages = ("torch", "torchvision", "torchdistill", "numpy")
     return found | {package: importlib.metadata.version(package) for package in packages}
 
@@ -148,7 +147,8 @@ def make_step(name, device, checkpoint, min_size, max_size, batch):
     fold = copy.deepcopy if name == NOT_FOLDED else models.fold_frozen_bn
     changed = mock.patch.multiple(models, memory_format=lambda device: layout, fold_frozen_bn=fold)
     with changed:
-        distiller = models.Distiller(*(models.to_device(d, device) for d in (teacher, student)))
+        distiller = models.Distiller(
+            *(models.to_device(d, device) for d in (teacher, student)), bf16=name == BF16)
     experiment = replace(train.FASTERRCNN, images_per_step=batch)
     loader = torch.utils.data.DataLoader(images, batch, collate_fn=list)
     optimizer, _ = train.build_optimizer(distiller.student_stem, experiment)
@@ -156,7 +156,7 @@ def make_step(name, device, checkpoint, min_size, max_size, batch):
     def ours():
         with changed:
             train.train(experiment, distiller, teacher.transform, loader, optimizer,
-                        train.Progress(), lambda **_: None, name == BF16)
+                        train.Progress(), lambda **_: None)
 
     return convolutions(ours) if name == FLOOR else ours
 
@@ -172,7 +172,7 @@ def peak(*what):
 
 def bench_step(args, device, folder, row):
     names = [ORIGINAL, OURS, *[BF16] * args.bf16, LAYOUT, NOT_FOLDED, FLOOR]
-    for min_size, max_size, batch in args.sizes:
+    for min_size, max_size, batch in args.sizes + [[800, 1333, 4]] * args.large:
         what = device, args.teacher, min_size, max_size, batch
         steps = [make_step(name, *what) for name in names]
         times, original = alternate(args.rounds, *steps), None
@@ -256,22 +256,24 @@ def detect(detector, images, device, plainly):
             for mask in detector([image])[0].get("masks", torch.empty(0)).cpu():
                 coco_mask.encode(np.asfortranarray((mask[0] > 0.5).byte().numpy()))
         else:
-            batch, _ = detector.transform([image])
-            models.detect(detector, batch, detector.backbone.body(batch.tensors))
+            models.detect(detector, image)
 
 
 def bench_evaluate(args, device, folder, row):
     images = [data.read_image(path) for path in sorted((folder / "val2017").iterdir())]
-    for arch, kinds in evaluate.KINDS.items():
+    for arch in models.DETECTORS:
         original = models.random_teacher(arch, [image / 255 for image in images], 0, 96, 160)
         detector = models.to_device(copy.deepcopy(original), device)
-        val, n = evaluate.ValSet(folder, kinds), len(images)
-        plain, ours, alone = alternate(
-            args.rounds, lambda: detect(original.to(device), images, device, True),
-            lambda: evaluate.evaluate(detector, val, device, workers=0),  # to start some takes time
-            lambda: detect(detector, images, device, False))
-        row(f"{arch} at 96/160, torchvision alone", n / plain, "images/s")
-        row(f"{arch}, ours, with the figures", n / ours, "images/s", n / plain)
+        val, n = evaluate.ValSet(folder, detector), len(images)
+        student = models.build_student(detector)
+        ours, halves = (lambda bits=bits: evaluate.evaluate(student, val, device, 0, "", bits)
+                        for bits in (None, 8))  # no workers: to start some takes time
+        plain, ours, halves, alone = alternate(
+            args.rounds, lambda: detect(original.to(device), images, device, True), ours, halves,
+            lambda: detect(student, images, device, False))
+        row(f"{arch} at 96/160, torchvision alone, the teacher", n / plain, "images/s")
+        row(f"{arch}, ours, with the figures, the student", n / ours, "images/s", n / plain)
+        row(f"{arch}, ours, split, 8 bits", n / halves, "images/s", n / ours)
         row(f"{arch}, share of ours that the detector takes alone", 100 * alone / ours, "%")
     sizes, corner, side = ((800, 1067), (480, 640)), 500 * torch.rand(100, 2), torch.rand(100, 2)
     masks = interpolate(torch.rand(100, 1, 5, 5), (28, 28), mode="bilinear")
@@ -291,7 +293,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("benches", nargs="*", metavar="BENCH", help="step, load, start, evaluate; default: all")
-    flag("--large", action="append_const", dest="sizes", const=[800, 1333, 4], help="800/1333 too")
+    flag("--large", action="store_true", help="800/1333 too")
     flag("--device", choices=["cpu", "cuda"], default="cpu")
     flag("--json", type=Path, metavar="FILE", default=os.devnull, help="write the results to it")
     flag("--sizes", nargs="*", default=[[320, 533, 4]], type=lambda s: [*map(int, s.split("/"))])
@@ -307,7 +309,7 @@ def main():
         args.teacher, args.bf16 = f"{folder}/teacher.pt", results["machine"]["bf16"]
         teacher = models.random_teacher("fasterrcnn", [torch.rand(3, 96, 128)], 0, 96, 160)
         torch.save(teacher.state_dict(), args.teacher)
-        if args.benches != ["step"]:
+        if set(args.benches) - {"step"} or not args.benches:
             subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "--no-deps",
                                    "--target", folder, "torchdistill==0.0.1"])
         for name in args.benches or ("step", "load", "start", "evaluate"):

@@ -120,7 +120,7 @@ def test_a_run_that_is_stopped_at_six_moments_ends_as_one_that_never_was(
             progress = torch.load(tmp_path / LAST, weights_only=True)["progress"]
             positions.append((progress["epoch"], progress["step"]))
     run = finish(train.main, *flags, processes=processes)
-    assert "resuming at epoch " in run.out
+    assert "from epoch 1, step 6 on" in run.out
     assert_same_run(tmp_path, whole(processes))
     assert positions == sorted(positions) and len(set(positions)) >= 3, positions
 
@@ -140,7 +140,7 @@ def test_sigterm_under_torchrun_and_another_number_of_processes(flags, tmp_path)
     before = torch.load(tmp_path / LAST, weights_only=True)["progress"]
     run = finish(train.main, *flags, "--output-dir", tmp_path, "--resume", "--epochs",
                  before["epoch"] + 2, processes=4)
-    assert f"resuming at epoch {before['epoch']} after step {before['step']}" in run.out
+    assert f"from epoch {before['epoch']}, step {before['step']} on" in run.out
     assert records(tmp_path / "fasterrcnn", "epoch")[-1]["epoch"] == before["epoch"] + 1
     assert load(tmp_path / BEST)["best_value"] >= 0
 
@@ -152,7 +152,7 @@ def test_torchrun_restarts_a_run_whose_process_dies(flags, whole, tmp_path):
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert "error: another process died" not in process.stderr
-    assert "resuming at epoch 0 after step 2" in process.stdout
+    assert "from epoch 0, step 2 on" in process.stdout
     assert_same_run(tmp_path, whole(2))
 
 
