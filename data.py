@@ -39,8 +39,8 @@ def reading(annotation_file: Path) -> Iterator[None]:
 def parse_annotations(annotation_file: Path) -> Index:
     """Read a COCO instances file into an Index. Raises ValueError, naming it, if it is broken.
 
-    An image is usable when it has an annotation, crowd or not, and not all of its boxes have a
-    width or a height of at most 1 pixel (torchvision references, _has_valid_annotation).
+    An image is usable when it has an annotation, crowd or not, whose box has a width and a height
+    of more than 1 pixel (torchvision references, _has_valid_annotation).
     """
     with reading(annotation_file):
         content = json.loads(annotation_file.read_bytes())
@@ -182,7 +182,7 @@ def make_loader(index: Index, folder: Path, workers: int, **batching: Any) -> Da
     """Load images in workers, which leave signals to this process and may be stuck for 10 min."""
     return DataLoader(CocoImages(index, folder), num_workers=workers, **batching,
                       timeout=600 if workers else 0, worker_init_fn=distributed.ignore_signals,
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.cuda.is_initialized())
 
 
 def train_loader(

@@ -32,7 +32,7 @@ def world_size() -> int:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main and exit, with 0, sys.exit's status (argparse's is 2) or 1 for any error.
+    """Run a script's main and exit, with 0, sys.exit's status, 128 + a signal or 1 for any error.
 
     The first process tells its error at once, and torchrun then ends the others; these, and who
     only sees that a peer is gone, wait for that before they speak.

@@ -39,7 +39,7 @@ CERTAIN = 0.5  # the score from which a detection is drawn, or is a truth to agr
 USAGE = "%(prog)s FLAGS (--help lists them)"
 SILENCE = contextlib.redirect_stdout(io.StringIO())  # for pycocotools, which prints
 
-Results = list[dict[str, Any]]    # in COCO's format
+Results = list[dict[str, Any]]  # in COCO's format
 Figures = dict[str, list[float]]  # for "bbox" and, of a Mask R-CNN, "segm": the 12 FIGURES
 
 class ValSet:
@@ -52,12 +52,13 @@ class ValSet:
         with data.reading(annotation_file), SILENCE:
             self.coco = COCO(annotation_file)
             np.array(list(self.coco.anns), dtype=float)  # as COCOeval notes ids of what is found
-            if max(self.coco.cats) >= classes:
-                raise ValueError(f"category {max(self.coco.cats)} is not of {classes - 1} classes")
+            largest = max(self.coco.cats)
             for kind in self.kinds:  # better a broken annotation is met now than after the detector
                 evaluation = COCOeval(self.coco, COCO(), kind)
                 evaluation.params.useCats = 0  # all categories at once
                 evaluation.evaluate()
+        if largest >= classes:
+            raise ValueError(f"{annotation_file}: category {largest} is beyond {classes} classes")
 
 # ---- from images to results to figures -----------------------------------------------------------
 @torch.inference_mode()
@@ -116,11 +117,11 @@ def coco_figures(
 @torch.inference_mode()
 def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: int, title: str,
              bits: int | None = None) -> tuple[Figures, Results, np.ndarray]:
-    """Run a detector over a ValSet, on any number of processes alike; the device only detects, and
-    a thread makes the results of an image while it sees the next.
+    """Run a detector over a ValSet, on any number of processes; the device only detects, and a
+    thread makes the results of an image while it sees the next. bits: by way of models.split.
 
-    bits: go through models.split's head, bytes and tail. Returns, on every process, figures, all
-    results and (images, 4) of what is sent: bytes, bytes before zlib, seconds in head and in tail.
+    Returns, on every process, figures, all results and, a row an image sent: bytes, bytes before
+    zlib, seconds in head and in tail.
     """
     models.to_device(detector, device).eval()
     head, tail = models.split(detector, bits) if bits else (None, None)
@@ -264,15 +265,15 @@ def main() -> None:
         rows["teacher"], truths, _ = evaluate(teacher, *common, "teacher")
     if not args.bits:
         rows["student"], results, _ = evaluate(student, *common, "student")
-    else:  # with most bits, it is told as the student
-        runs = {bits: evaluate(student, *common, f"{bits} bits", bits) for bits in args.bits}
-        rows["student"], results, _ = runs[max(runs)]
-        jpeg_bytes = np.mean([os.path.getsize(val.folder / name) for name in val.index.name])
-        rate = [{"bits": bits, "figures": figures,
-                 "payload_bytes": sent[:, 0].mean(), "raw_bytes": sent[:, 1].mean(),
-                 "jpeg_bytes": float(jpeg_bytes), "head_seconds": np.median(sent[:, 2]),
-                 "tail_seconds": np.median(sent[:, 3])}
-                for bits, (figures, _, sent) in runs.items()]
+    jpeg_bytes, rate = [os.path.getsize(val.folder / name) for name in val.index.name], []
+    for bits in args.bits or ():
+        figures, found, sent = evaluate(student, *common, f"student, {bits} bits", bits)
+        if bits == max(args.bits):
+            rows["student"], results = figures, found
+        rate.append({"bits": bits, "figures": figures, "payload_bytes": sent[:, 0].mean(),
+                     "raw_bytes": sent[:, 1].mean(), "jpeg_bytes": float(np.mean(jpeg_bytes)),
+                     "head_seconds": np.median(sent[:, 2]), "tail_seconds": np.median(sent[:, 3])})
+    if rate:
         head, whole = (sum(p.numel() for p in part.parameters())
                        for part in (models.split(student)[0].network, student))
         summary = {"rate": rate, "head": {"parameters": head, "student_parameters": whole}}

@@ -20,15 +20,15 @@ def squared_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
 
 
 def ghnd_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float] = (1, 1, 1, 1)
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add up the weighted squared errors of all distilled layers (arXiv 2007.15818, Eq. 2).
 
-    L = sum_j w_j ||s_j - t_j||^2: sums, so L grows with B * H * W. Returns the loss and, detached,
-    its terms without their weights, (layers,).
+    L = sum_j w_j ||s_j - t_j||^2, w_j = 1 by default. Returns L and its terms without w_j.
     """
     errors = squared_errors(student, teacher)
-    return sum(w * error for w, error in zip(weights, errors.unbind())), errors.detach()
+    pairs = zip(weights or [1] * len(errors), errors.unbind(), strict=True)
+    return sum(weight * error for weight, error in pairs), errors.detach()
 
 
 @torch.no_grad()

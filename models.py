@@ -40,9 +40,8 @@ def build_detector(arch: str, min_size: int = 800, max_size: int = 1333,
     It resizes to min_size, max_size (pixels). Of the classes, 0 is the background. Its
     FrozenBatchNorm2d have the published weights' eps, 0, where torchvision's default is 1e-5.
     """
-    norm_layer = partial(FrozenBatchNorm2d, eps=0.0)
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None, norm_layer=norm_layer, trainable_layers=0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=0,
+                                   norm_layer=partial(FrozenBatchNorm2d, eps=0.0))
     detector = DETECTORS[arch](backbone, classes, min_size=min_size, max_size=max_size)
     return detector.eval().requires_grad_(False)
 
@@ -75,11 +74,13 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether a device itself computes in bfloat16: emulated, it is slower than float32."""
-    return (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-            else torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Return whether a device has bfloat16 itself: emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@torch.inference_mode(False)
 def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
     """Move a detector to its device, in its memory_format."""
     for name in ("image_mean", "image_std"):  # lists, which torchvision would copy for each image
@@ -153,8 +154,7 @@ def maps_from(first: Tensor, layers: Iterable[nn.Module]) -> list[Tensor]:
 class Distiller(nn.Module):
     """Compute teacher's and student's features of a batch, with one set of frozen layers for both.
 
-    `student_stem`, the student's own modules up to layer1, is what DDP wraps and Adam updates.
-    `shared_layers` are the teacher's layer2-4. What is frozen is folded.
+    DDP wraps and Adam updates `student_stem`, the student's own modules; the rest is folded copies.
     """
     def __init__(self, teacher: nn.Module, student: nn.Module, bf16: bool = False) -> None:
         super().__init__()
@@ -167,8 +167,8 @@ class Distiller(nn.Module):
             self.teacher_stem.to(torch.bfloat16), self.shared_layers.to(torch.bfloat16)
 
     def forward(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """batch: (B, 3, H, W), normalised and padded. Returns student's and teacher's four maps,
-        (B, 256, H/4, W/4), (B, 512, H/8, W/8), (B, 1024, H/16, W/16) and (B, 2048, H/32, W/32)."""
+        """From (B, 3, H, W), normalised and padded, to both's four (B, C_j, H_j, W_j), 256 to 2048
+        channels at strides 4 to 32: the student's, then the teacher's."""
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
             with torch.no_grad():
                 teacher_maps = maps_from(self.teacher_stem(batch), self.shared_layers)
@@ -176,11 +176,9 @@ class Distiller(nn.Module):
 
 # ---- detection, whole or in two halves -----------------------------------------------------------
 def detect(detector: nn.Module, image: Tensor) -> Found:
-    """Run a detector on a float image (3, h, w) in [0, 1], but for transform.postprocess.
-
-    Returns boxes (N, 4) x0 y0 x1 y1 in pixels of the resized image, labels (N,), scores (N,) and of
-    a Mask R-CNN masks (N, 1, 28, 28) in [0, 1]; (h, w) of the resized and of the original image.
-    """
+    """Run a detector on a float image (3, h, w) in [0, 1], but for transform.postprocess: return
+    boxes (N, 4) x0 y0 x1 y1 in the resized image, labels (N,), scores (N,), masks (N, 1, 28, 28)
+    in [0, 1] of a Mask R-CNN, and (h, w) of the resized and of the original image."""
     images, _ = detector.transform([image])
     found = detect_from(detector, detector.backbone.body(images.tensors), images)
     return found, images.image_sizes[0], tuple(image.shape[1:])
@@ -196,9 +194,9 @@ def detect_from(detector: nn.Module, maps: dict[str, Tensor], images: ImageList)
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, float, int]:
     """Return what is sent for x, of any shape, its scale and its zero point; restore takes these.
 
-    32, 16: floats. 1 to 8: scale = (max - min) / (2^bits - 1), zero = int(-min / scale), q =
-    round(zero + x / scale), both clamped to [0, 2^bits - 1], q uint8 (Jacob et al., CVPR 2018).
-    As torchdistill 1.1.5's quantize_tensor, bit for bit, but for constants, which are kept.
+    32, 16: floats. 1 to 8: scale = (max - min) / (2^bits - 1), zero = int(-min / scale), q = round(
+    zero + x / scale), both clamped to 2^bits values (Jacob et al., CVPR 2018; torchdistill's
+    quantize_tensor bit for bit, but that constants are kept).
     """
     if bits > 8:
         return x.to(DTYPES[bits]), 1.0, 0
@@ -211,7 +209,7 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, float, int]:
 
 
 def restore(q: Tensor, scale: float, zero: int) -> Tensor:
-    """Undo quantise, in float32 (torchdistill 1.1.5's dequantize_tensor)."""
+    """Undo quantise, in float32 (torchdistill's dequantize_tensor)."""
     return scale * (q.float() - zero)
 
 
@@ -263,9 +261,11 @@ class Tail(nn.Module):
         try:
             version, bits, channels, *sizes, scale, zero = HEADER.unpack_from(payload)
             original, resized, padded = zip(sizes[::2], sizes[1::2])
-            if ((version, channels) != (VERSION, decoder[0].num_features)
-                    or max(padded) > self.student.transform.max_size + 31):
-                raise ValueError("it is of another version or another student")
+            if ((version, channels) != (VERSION, decoder[0].num_features) or min(sizes) < 1
+                    or bits not in (*range(1, 9), *DTYPES) or not abs(scale) < float("inf")
+                    or max(padded) > self.student.transform.max_size + 31 or max(original) > 2**14
+                    or any(r > p or p % 32 for r, p in zip(resized, padded))):
+                raise ValueError("its header is of another version or another student")
             unzipper = zlib.decompressobj(zdict=payload[:HEADER.size])
             values = unzipper.decompress(payload[HEADER.size:], raw_size(payload) + 1)
             if len(values) != raw_size(payload) or not unzipper.eof or unzipper.unused_data:
@@ -305,8 +305,8 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running anything that is in it.
 
-    It may hold tensors, plain containers and, as torchdistill's files of 2020 do, a Namespace, a
-    Counter and a numpy float64. Raises FileNotFoundError or, if broken or refused, ValueError.
+    Besides tensors, a Namespace, a Counter, a numpy float64 are safe, as in torchdistill's files.
+    Raises FileNotFoundError or, if it is broken or refused, ValueError.
     """
     scalar = np.float64(0).__reduce__()[0]  # numpy's own name for it has moved, old files have both
     allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)),
@@ -355,8 +355,7 @@ def load_student(path: str | Path, min_size: int = 800,
     narrowest = state.get("backbone.body.layer1.encoder.7.weight", torch.empty(0))
     if narrowest.shape[1:] != (64, 2, 2) or len(narrowest) > 2**16:
         raise ValueError(f"{path} holds no student: it has no bottleneck in backbone.body.layer1")
-    masks = any(key.startswith("roi_heads.mask_head.") for key in state)
-    arch = "maskrcnn" if masks else "fasterrcnn"
+    arch = "maskrcnn" if any("roi_heads.mask_head." in key for key in state) else "fasterrcnn"
     classes = len(state.get(CLASSES, "no"))  # what is missing is told below
     student = build_student(build_detector(arch, min_size, max_size, classes), len(narrowest))
     load_weights(student, state, path)

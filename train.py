@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -84,11 +85,10 @@ def train(
     experiment: Experiment, distiller: models.Distiller, transform: nn.Module, loader: Iterable,
     optimizer: torch.optim.Optimizer, progress: Progress, report: Callable[..., None],
     log_every: int = 100, save_every: int = 2000,
-) -> int:
-    """Train to the end of the epoch, the next save or a signal, whose number is returned (else 0).
+) -> None:
+    """Train to the end of the epoch, the next save or a signal, progress moving along with reports.
 
-    transform: the detector's own. loader: lists of uint8 (3, h, w) images. progress moves along
-    with reports. Raises FloatingPointError, on all processes alike.
+    transform: the detector's. loader: lists of uint8 (3, h, w). Raises FloatingPointError, alike.
     """
     stem, sampler, epoch = distiller.student_stem, loader.batch_sampler, progress.epoch
     device, processes = next(stem.parameters()).device, distributed.world_size()
@@ -115,9 +115,9 @@ def train(
                 loss, errors = losses.ghnd_loss(maps, wanted, experiment.layer_weights)
                 (loss * scale * processes).backward()
             sums[:2] += torch.stack([errors, losses.squared_norms(wanted)])
+            del maps, wanted  # or they would stay until the next batch has its own
         optimizer.step()
-        stop = distributed.noted_signal()
-        pausing = stop or step == steps or step % save_every == 0
+        pausing = distributed.noted_signal() or step == steps or step % save_every == 0
         if pausing or step % log_every == 0:  # the only place that waits for the device
             weights = [value for value in stem.state_dict().values() if value.is_floating_point()]
             sums[2] = nn.utils.get_total_norm(weights)  # finite if all weights are
@@ -137,15 +137,13 @@ def train(
             sums.zero_()
             waited, begin = 0.0, time.perf_counter()
         if pausing:
-            return stop
-    return 0
+            return
 
 # ---- the run -------------------------------------------------------------------------------------
 def parse_args() -> tuple[argparse.Namespace, Experiment]:
     """Read the command line; return it and the experiment that it asks for."""
     parser = argparse.ArgumentParser(usage=evaluate.USAGE, description="Train a GHND student.")
-    flag = parser.add_argument
-    count = partial(parser.add_argument, type=evaluate.positive, metavar="N")
+    count = partial(flag := parser.add_argument, type=evaluate.positive, metavar="N")
     flag("--arch", choices=EXPERIMENTS, help="which experiment to run; needed unless --demo")
     flag("--demo", action="store_true", help="a small run without data, in demo/ or --output-dir")
     evaluate.add_common_flags(parser)
@@ -171,6 +169,8 @@ def parse_args() -> tuple[argparse.Namespace, Experiment]:
         args.overwrite = not args.resume  # it is made for being overwritten
         args.data_dir = args.output_dir / "coco"
         args.teacher_ckpt = args.output_dir / f"teacher_{args.arch}.pt"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun repeats its command
+        args.resume, args.overwrite = True, False
     if args.arch is None:
         parser.error("--arch fasterrcnn or --arch maskrcnn is needed")
     given = {key: value for key, value in vars(args).items()
@@ -187,8 +187,8 @@ def prepare_demo(args: argparse.Namespace) -> None:
     if not args.teacher_ckpt.exists():
         data.write_demo_dataset(args.data_dir)
         files = sorted((args.data_dir / "train2017").iterdir())[:8]
-        images, sizes = [data.read_image(f) / 255 for f in files], (args.min_size, args.max_size)
-        teacher = models.random_teacher(args.arch, images, 0, *sizes)
+        images = [data.read_image(file) / 255 for file in files]
+        teacher = models.random_teacher(args.arch, images, 0, args.min_size, args.max_size)
         models.save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
 
 
@@ -228,7 +228,8 @@ def restore(content: dict, path: Path, student: nn.Module,
     """Load last.pt's content. Raises ValueError if it is broken, or of another teacher."""
     state = models.detector_state(content, path)
     for key, value in student.state_dict().items():
-        if not key.startswith(TRAINED) and not torch.equal(value.cpu(), state.get(key, value[:0])):
+        same = torch.equal(value.cpu(), state.get(key, torch.empty(0)))
+        if not key.startswith(TRAINED) and not same:
             raise ValueError(f"{path} belongs to another teacher, with another {key}; resume with "
                              "the same --teacher-ckpt")
     models.load_weights(student, state, path)
@@ -261,7 +262,6 @@ def main() -> None:
     micro_batch = max(size for size in (1, 2, 3, 4) if share % size == 0)
     best, last, metrics = (args.output_dir / file.format(args.arch) for file in FILES)
     report = partial(append_record, metrics)
-
     if args.demo:
         distributed.from_main(prepare_demo, args)
     index, images = data.load_split(args.data_dir, "train", args.limit_train)
@@ -274,7 +274,8 @@ def main() -> None:
                                     experiment.min_size, experiment.max_size)
     val = evaluate.ValSet(args.data_dir, teacher, args.limit_val)
     common = val, device, args.workers
-    config = asdict(experiment) | {"train_images": len(index), "val_images": len(val.index)}
+    config = {**asdict(experiment), "amp": args.amp,
+              "train_images": len(index), "val_images": len(val.index)}
     content = distributed.from_main(
         open_output, best, last, metrics, config, args.resume, args.overwrite)
     torch.manual_seed(experiment.seed)
@@ -287,9 +288,8 @@ def main() -> None:
     if processes > 1:
         distiller.student_stem = nn.parallel.DistributedDataParallel(stem)
         distiller.student_stem.broadcast_buffers = False  # once, before saving, is enough
-    log(f"{args.arch}: {len(index)} training images, {steps} steps an epoch of {processes} x "
-        f"{share // micro_batch} x {micro_batch}; {len(val.index)} validation images; {device.type}; "
-        f"from epoch {progress.epoch}, step {progress.step} on")
+    log(f"{args.arch} on {device}, from epoch {progress.epoch}, step {progress.step} on: "
+        f"{len(index)} images, {steps} steps of {processes} x {share // micro_batch} x {micro_batch}")
 
     def save(path: Path) -> None:
         if distributed.rank() == 0:  # torchdistill's entries, then ours
@@ -301,11 +301,11 @@ def main() -> None:
 
     while progress.epoch < experiment.epochs:
         with distributed.noting_signals():
-            stop = train(experiment, distiller, teacher.transform, loader, optimizer, progress,
-                         report, args.log_every, args.save_every)
+            train(experiment, distiller, teacher.transform, loader, optimizer, progress, report,
+                  args.log_every, args.save_every)
             distributed.broadcast_buffers(stem)
             save(last)
-            if stop:
+            if stop := distributed.noted_signal():
                 log(f"stopped by {signal.Signals(stop).name}; repeat the command with --resume")
                 distributed.barrier()  # lest torchrun, seeing one leave, ends the first too soon
                 sys.exit(128 + stop)
@@ -317,8 +317,8 @@ def main() -> None:
         progress.best_box_map = max(box_map, before)
         report(kind="epoch", epoch=epoch, loss=loss, figures=figures, best=box_map > before)
         log(f"epoch {epoch}: mean loss {loss:.4e}, box mAP {box_map:.4f}, best before {before:.4f}")
-        full_data = not args.limit_train and not args.limit_val
-        if full_data and replace(experiment, seed=0) == EXPERIMENTS[args.arch] and epoch < 20:
+        departs = args.limit_train or args.limit_val or args.amp
+        if replace(experiment, seed=0) == EXPERIMENTS[args.arch] and not departs:
             log(f"    published: mean loss {experiment.published_loss[epoch]:.4e} (of 9,001 steps),"
                 f" box mAP {experiment.published_box_map.get(epoch, 'no better than before')}")
         if box_map > before:

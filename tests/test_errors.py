@@ -42,7 +42,7 @@ def flags_of(text, place):
 
 
 def files_below(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*")
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")
             if path.is_file() and path.name not in ("train.log", "metrics.jsonl")}
 
 
@@ -110,7 +110,7 @@ REFUSALS = [  # what is broken, flags, what must be said; usage errors also say 
     (lambda p: cut(p.val), TRAIN, "{val} is not a whole COCO instances file (JSONDecodeError"),
     (lambda p: cut(p.index), TRAIN, "{index} is not a whole COCO instances file (JSONDecodeError"),
     (lambda p: changed(p.val, lambda c: c["categories"].append({"id": 91, "name": "x"})), TRAIN,
-     "{val} is not a whole COCO instances file (ValueError: category 91 is not of 90 classes)"),
+     "{val}: category 91 is beyond 91 classes"),
     (lambda p: p.val.write_text("[]"), TRAIN, "{val} is not a whole COCO instances file"),
     (lambda p: p.image.unlink(), TRAIN, "image {image} is missing, the first of 1"),
     (lambda p: cut(p.image), TRAIN, "image {image} cannot be decoded"),

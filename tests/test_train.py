@@ -68,8 +68,8 @@ def test_processes_that_cannot_share_a_step(processes, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("processes, told", [
-    (1, "1 x 3 x 4;"), (2, "2 x 2 x 3;"), (3, "3 x 1 x 4;"), (4, "4 x 1 x 3;"), (6, "6 x 1 x 2;"),
-    (12, "12 x 1 x 1;")])
+    (1, "of 1 x 3 x 4\n"), (2, "of 2 x 2 x 3\n"), (3, "of 3 x 1 x 4\n"), (4, "of 4 x 1 x 3\n"), (6, "of 6 x 1 x 2\n"),
+    (12, "of 12 x 1 x 1\n")])
 def test_twelve_images_are_shared_as_the_recipe_says(
         processes, told, dataset, teachers, tmp_path, monkeypatch, call, caplog):
     def stop(*_):
@@ -168,7 +168,7 @@ def three_processes(dataset, teachers, tmp_path_factory):
     """A whole run of Mask R-CNN under torchrun, on 3 processes: its output folder and its process."""
     folder = tmp_path_factory.mktemp("three")
     process = run_script("train.py", *flags("maskrcnn", dataset, teachers, folder, "--epochs", 1,
-                                            "--limit-train", 24, "--limit-val", 3), nproc=3)
+                                            "--limit-train", 24, "--limit-val", 2), nproc=3)
     assert process.returncode == 0, process.stderr
     return folder, process
 
@@ -208,7 +208,7 @@ def test_the_checkpoint_gives_the_figures_of_its_last_validation(
         three_processes, dataset, processes):
     folder = three_processes[0]
     run = finish(evaluate.main, "--ckpt", folder / BEST.format("maskrcnn"), "--data-dir", dataset,
-                 *SIZE_FLAGS, "--limit-val", 3, processes=processes)
+                 *SIZE_FLAGS, "--limit-val", 2, processes=processes)
     validated = records(folder / "maskrcnn", "epoch")[-1]["figures"]
     assert json.loads(run.out.splitlines()[-1])["student"] == validated
     assert records(folder / "maskrcnn", "test")[0]["figures"]["student"] == validated
@@ -278,14 +278,13 @@ def test_bfloat16_trains_too(dataset, teachers, tmp_path):
 
 
 def test_the_demo_shows_what_it_says(tmp_path, monkeypatch, capfd):
-    process = run_script("train.py", "--demo", "--epochs", 1, "--limit-val", 2, cwd=tmp_path)
+    process = run_script("train.py", "--demo", "--epochs", 1, "--limit-train", 60, "--limit-val", 2,
+                         cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     steps = records(tmp_path / "demo" / "fasterrcnn", "step")
-    assert [step["step"] for step in steps] == list(range(1, 10))
+    assert [step["step"] for step in steps] == list(range(1, 6))
     for layer in range(4):
-        first, last = (sum(s["relative_errors"][layer] for s in part)
-                       for part in (steps[:3], steps[-3:]))
-        assert last < 0.9 * first
+        assert steps[-1]["relative_errors"][layer] < 0.9 * steps[0]["relative_errors"][layer]
     assert len(list((tmp_path / "demo" / "pictures").iterdir())) == 2
     command = process.stdout.splitlines()[-1].split()
     assert command[:2] == ["python", "evaluate.py"]
