@@ -288,8 +288,8 @@ def main() -> None:
     if processes > 1:
         distiller.student_stem = nn.parallel.DistributedDataParallel(stem)
         distiller.student_stem.broadcast_buffers = False  # once, before saving, is enough
-    log(f"{args.arch} on {device}, from epoch {progress.epoch}, step {progress.step} on: "
-        f"{len(index)} images, {steps} steps of {processes} x {share // micro_batch} x {micro_batch}")
+    log(f"{args.arch} on {device}, from epoch {progress.epoch}, step {progress.step} on: {steps} "
+        f"steps, {len(index)} images, of {processes} x {share // micro_batch} x {micro_batch}")
 
     def save(path: Path) -> None:
         if distributed.rank() == 0:  # torchdistill's entries, then ours
