@@ -177,8 +177,8 @@ def table(rows: dict[str, Figures], student: nn.Module) -> str:
     for who, figures in rows.items():
         for kind, values in figures.items():
             lines.append(f"{who + ' ' + kind:15}" + "".join(f"{value:8.4f}" for value in values)
-                         + f"   {published.get(who, {}).get(kind, '')}")
-    return "\n".join(map(str.rstrip, lines))
+                         + (f"   {published[who][kind]:.3f}" if who in published else ""))
+    return "\n".join(lines)
 
 
 def rate_table(rate: list[dict[str, Any]], head: dict[str, int]) -> str:

@@ -93,13 +93,6 @@ def test_too_few_gpus_are_noticed_by_all_processes_of_a_machine(monkeypatch):
             distributed.set_up("cuda")
 
 
-def test_device_is_chosen(monkeypatch):
-    assert distributed.set_up("cpu") == torch.device("cpu")
-    assert distributed.set_up("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    assert distributed.world_size() == 1  # left over from something that was not torchrun
-
-
 def test_signals_are_noted_within_the_block_alone():
     before = [signal.getsignal(number) for number in distributed.SIGNALS]
     with distributed.noting_signals():

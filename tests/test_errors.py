@@ -153,12 +153,6 @@ def test_a_device_that_is_not_there(call, place):
     assert_told(told, 1, "--device cuda: this machine has 0 GPUs for 1 processes")
 
 
-def test_processes_that_cannot_share_a_step():
-    run = Run(train.main, ["--arch", "maskrcnn", "--device", "cpu"], processes=5)
-    assert 2 in run.wait()
-    assert run.err.count("5 processes cannot share 12 images a step evenly") == 1
-
-
 def impatient():
     distributed.PATIENCE = 2
     train.main()

@@ -168,7 +168,7 @@ def three_processes(dataset, teachers, tmp_path_factory):
     """A whole run of Mask R-CNN under torchrun, on 3 processes: its output folder and its process."""
     folder = tmp_path_factory.mktemp("three")
     process = run_script("train.py", *flags("maskrcnn", dataset, teachers, folder, "--epochs", 1,
-                                            "--limit-train", 24, "--limit-val", 2), nproc=3)
+                                            "--limit-train", 24, "--limit-val", 3), nproc=3)
     assert process.returncode == 0, process.stderr
     return folder, process
 
@@ -208,22 +208,11 @@ def test_the_checkpoint_gives_the_figures_of_its_last_validation(
         three_processes, dataset, processes):
     folder = three_processes[0]
     run = finish(evaluate.main, "--ckpt", folder / BEST.format("maskrcnn"), "--data-dir", dataset,
-                 *SIZE_FLAGS, "--limit-val", 2, processes=processes)
+                 *SIZE_FLAGS, "--limit-val", 3, processes=processes)
     validated = records(folder / "maskrcnn", "epoch")[-1]["figures"]
     assert json.loads(run.out.splitlines()[-1])["student"] == validated
     assert records(folder / "maskrcnn", "test")[0]["figures"]["student"] == validated
     assert any(0 < figure < 1 for figure in validated["bbox"])
-
-
-def test_the_checkpoint_has_torchdistills_entries(three_processes):
-    content = torch.load(three_processes[0] / BEST.format("maskrcnn"), weights_only=True)
-    assert {"model", "optimizer", "lr_scheduler", "best_value", "config", "args"} <= content.keys()
-    adam = torch.optim.Adam([nn.Parameter(torch.zeros(1)) for _ in content["optimizer"]["state"]])
-    adam.load_state_dict(content["optimizer"])
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(adam, [5, 15])
-    scheduler.load_state_dict(content["lr_scheduler"])
-    assert scheduler.last_epoch == 0  # epoch 0 is trained, and was saved before its validation
-    assert len(content["optimizer"]["state"]) == 1 + 8 + 2 * 8  # conv1, 8 convs and 8 BatchNorms
 
 
 def test_the_same_command_gives_the_same_losses_and_tensors(dataset, teachers, tmp_path):
