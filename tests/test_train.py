@@ -258,6 +258,17 @@ def test_bfloat16_is_refused_where_it_would_be_emulated(dataset, teachers, tmp_p
         assert models.has_bf16(torch.device("cuda")) == supported
 
 
+def test_frozen_layers_cast_once_give_autocasts_maps(teachers):
+    teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], **SIZES)
+    student, batch = models.build_student(teacher), torch.randn(2, 3, 64, 96)
+    once, each_time = (models.Distiller(teacher, student, bf16) for bf16 in (True, False))
+    each_time.bf16 = True  # autocast alone, over float32 weights
+    wanted = each_time(batch)
+    assert same(once(batch), wanted) and wanted[1][3].dtype == torch.bfloat16
+    assert next(once.shared_layers.parameters()).dtype == torch.bfloat16
+    assert {p.dtype for p in once.student_stem.parameters()} == {torch.float32}
+
+
 @pytest.mark.skipif(not models.has_bf16(torch.device("cpu")), reason="this CPU has no bfloat16")
 def test_bfloat16_trains_too(dataset, teachers, tmp_path):
     finish(train.main, *flags("fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1,
