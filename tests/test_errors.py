@@ -87,21 +87,15 @@ REFUSALS = [  # what is broken, flags, what must be said; usage errors also say 
     (None, TRAIN + " --epochs 0", "argument --epochs"),
     (None, TRAIN + " --images-per-step -3", "argument --images-per-step"),
     (None, TRAIN + " --log-every 0", "argument --log-every"),
-    (None, TRAIN + " --arch retinanet", "argument --arch"),
     (None, TRAIN + " --images-per-step 0", "argument --images-per-step"),
     (None, EVALUATE + " --ckpt {student} --bits 9", "argument --bits"),
-    (None, TRAIN + " --workers many", "argument --workers"),
-    (None, TRAIN + " --device mps", "argument --device"),
     (None, TRAIN + " --resume --overwrite", "argument --overwrite: not allowed with"),
     (None, "", "--arch fasterrcnn or --arch maskrcnn"),
     (None, "--data-dir {data}", "--ckpt"),
     (None, TRAIN + " --data-dir {tmp}/no", "{tmp}/no/annotations/instances_train2017.json is miss"),
-    (None, EVALUATE + " --ckpt {student} --data-dir {tmp}/no", "--data-dir must hold"),
     (None, TRAIN + " --workers -1", "num_workers"),
     (None, TRAIN + " --limit-train 11", "11 images to train on are fewer than one step's 12"),
     (None, TRAIN + " --teacher-ckpt {x}", "checkpoint {x} is not there"),
-    (None, TRAIN + " --teacher-ckpt {masks}", "{masks} does not fit FasterRCNN"),
-    (None, TRAIN + " --teacher-ckpt {student}", "{student} does not fit FasterRCNN"),
     (None, TRAIN + " --output-dir /proc/ghnd", "/proc/ghnd"),
     (lambda p: p.x.touch(), TRAIN + " --output-dir {x}", "{x}/fasterrcnn"),
     (lambda p: (p.data / "val2017").rename(p.x), TRAIN, "{data}/val2017/ is missing"),
@@ -110,9 +104,7 @@ REFUSALS = [  # what is broken, flags, what must be said; usage errors also say 
     (lambda p: cut(p.index), TRAIN, "{index} is not a whole COCO instances file (JSONDecodeError"),
     (lambda p: changed(p.val, lambda c: c["categories"].append({"id": 91, "name": "x"})), TRAIN,
      "{val}: category 91 is beyond 91 classes"),
-    (lambda p: p.val.write_text("[]"), TRAIN, "{val} is not a whole COCO instances file"),
     (lambda p: p.image.unlink(), TRAIN, "image {image} is missing, the first of 1"),
-    (lambda p: cut(p.image), TRAIN, "image {image} cannot be decoded"),
     (lambda p: cut(p.image), TRAIN + " --workers 1", "image {image} cannot be decoded"),
     (lambda p: (p.data / "val2017" / "000000000002.jpg").unlink(), EVALUATE + " --ckpt {student}",
      "val2017/000000000002.jpg is missing"),
@@ -121,7 +113,6 @@ REFUSALS = [  # what is broken, flags, what must be said; usage errors also say 
     (lambda p: write_zip_bomb(p.x), EVALUATE, "it would unpack to more than it is"),
     (lambda p: torch.save({"model": {"fc.weight": torch.zeros(1)}}, p.x), EVALUATE,
      "{x} holds no student: it has no bottleneck"),
-    (lambda p: p.x.write_bytes(p.teacher.read_bytes()), EVALUATE, "{x} holds no student"),
     (lambda p: spoil(p.student, p.x), EVALUATE, "{x} is spoilt: rpn.head.conv.0.0.bias has values"),
     (None, EVALUATE + " --ckpt {student} --save-detections {tmp}", "{tmp}"),
     (lambda p: publish(p.best), TRAIN, "{best} exists and this run did not write it"),
@@ -142,12 +133,6 @@ def test_refusals(damage, flags, text, place, call):
     assert_told(call(main, *flags_of(flags, place)), 2 if usage else 1,
                 f"{main.__module__}.py: error: ", text.format(**vars(place)), *more)
     assert files_below(place.tmp) == before and not RAN.exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there(call, place):
-    told = call(train.main, *flags_of(TRAIN + " --device cuda", place))
-    assert_told(told, 1, "--device cuda: this machine has 0 GPUs for 1 processes")
 
 
 def impatient():
@@ -227,16 +212,6 @@ def test_a_loss_that_is_not_finite_saves_nothing(call, place):
     told = call(train.main, *flags_of(TRAIN + " --teacher-ckpt {x} --overwrite", place))
     assert_told(told, 1, "loss (nan) or weights are no longer finite at epoch 0, step 1")
     assert not place.last.exists() and not place.best.exists()
-
-
-def test_a_bug_is_told_with_its_traceback(call, place, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("a slip of ours")
-
-    monkeypatch.setattr(models, "build_student", broken)
-    status, message = call(train.main, *flags_of(TRAIN, place))
-    assert status == 1 and "Traceback" in message and "a slip of ours" in message
-    assert "Traceback" in (place.last.parent / "train.log").read_text()
 
 
 VALUES = [None, "x", [], {}, -1, 1e99, float("nan"), ...]  # ...: the field is taken away
