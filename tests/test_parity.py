@@ -307,10 +307,10 @@ def test_batches_are_prepared_as_the_original_prepares_them(dataset, teachers):
 
     def distiller(batch):
         batches.append(batch)
-        return [stem.weight], [torch.ones(1, 1)]
+        return [stem.weight] * 4, [torch.ones(1, 1)] * 4
 
     distiller.student_stem = stem
-    train.train(replace(train.FASTERRCNN, images_per_step=4, layer_weights=(1,)), distiller, teacher.transform, loader,
+    train.train(replace(train.FASTERRCNN, images_per_step=4), distiller, teacher.transform, loader,
                 torch.optim.SGD(stem.parameters()), train.Progress(), lambda **_: None)
     for keys, batch in zip(loader.batch_sampler, batches, strict=True):
         images = [to_tensor(Image.open(folder / index.name[i]).convert("RGB")).flip([-1] * flip)
