@@ -127,7 +127,7 @@ def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: in
     head, tail = models.split(detector, bits) if bits else (None, None)
     loader = data.val_loader(val.index, val.folder, workers)
     mine = val.index.id[distributed.rank()::distributed.world_size()].tolist()
-    results, sent, pending, begin = [], [], None, time.perf_counter()
+    futures, sent, begin = [], [], time.perf_counter()
     with ThreadPoolExecutor(1) as thread:
         for done, (image_id, image) in enumerate(zip(mine, loader, strict=True), start=1):
             image, start = image.to(device, non_blocking=True) / 255, time.perf_counter()
@@ -138,13 +138,12 @@ def evaluate(detector: nn.Module, val: ValSet, device: torch.device, workers: in
             now = time.perf_counter()
             if head:
                 sent.append((len(payload), models.raw_size(payload), middle - start, now - middle))
-            if pending is not None:  # one at a time bounds the memory
-                results.append(pending.result())
-            pending = thread.submit(to_coco, image_id, detector, found, *sizes)
+            if futures:  # one at a time bounds the memory
+                futures[-1].result()
+            futures.append(thread.submit(to_coco, image_id, detector, found, *sizes))
             if done % 100 == 0:
                 log(f"{title}: image {done}/{len(mine)}, {(now - begin) / done:.3f} s each")
-        if pending is not None:
-            results.append(pending.result())
+    results = [future.result() for future in futures]
     by_position = itertools.zip_longest(*distributed.gather(results), fillvalue=[])
     results = [r for images in by_position for image in images for r in image]
     figures = {kind: coco_figures(val.coco, results, val.index.id.tolist(), kind)

@@ -7,8 +7,10 @@ for data set and masks its 0.0.1 in a process of its own, for detection torchvis
 """
 
 import argparse
+import contextlib
 import copy
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -120,6 +122,12 @@ def convolutions(step):
     return torch.no_grad()(lambda: [function(*args) for function, args in calls])
 
 
+def other_layout(device):
+    """Return a context in which models.memory_format decides the other way."""
+    layout = {torch.channels_last, torch.contiguous_format} - {models.memory_format(device)}
+    return mock.patch.object(models, "memory_format", lambda device, chosen=layout.pop(): chosen)
+
+
 def make_step(name, device, checkpoint, min_size, max_size, batch):
     """Return a function that makes one training step, the original's or ours, on pictures."""
     teacher = models.load_teacher("fasterrcnn", checkpoint, min_size, max_size)
@@ -141,11 +149,9 @@ def make_step(name, device, checkpoint, min_size, max_size, batch):
             loss.item()  # its loop logs every step
 
         return original
-    layout = models.memory_format(device)
-    if name == LAYOUT:
-        layout = ({torch.channels_last, torch.contiguous_format} - {layout}).pop()
-    fold = copy.deepcopy if name == NOT_FOLDED else models.fold_frozen_bn
-    changed = mock.patch.multiple(models, memory_format=lambda device: layout, fold_frozen_bn=fold)
+    changed = other_layout(device) if name == LAYOUT else contextlib.nullcontext()
+    if name == NOT_FOLDED:
+        changed = mock.patch.object(models, "fold_frozen_bn", copy.deepcopy)
     with changed:
         distiller = models.Distiller(
             *(models.to_device(d, device) for d in (teacher, student)), bf16=name == BF16)
@@ -261,20 +267,22 @@ def detect(detector, images, device, plainly):
 
 def bench_evaluate(args, device, folder, row):
     images = [data.read_image(path) for path in sorted((folder / "val2017").iterdir())]
-    for arch in models.DETECTORS:
-        original = models.random_teacher(arch, [image / 255 for image in images], 0, 96, 160)
+    for arch, size in itertools.product(models.DETECTORS, [(96, 160)] + [(800, 1333)] * args.large):
+        original = models.random_teacher(arch, [image / 255 for image in images], 0, *size)
         detector = models.to_device(copy.deepcopy(original), device)
-        val, n = evaluate.ValSet(folder, detector), len(images)
-        student = models.build_student(detector)
+        val, n, student = evaluate.ValSet(folder, detector), len(images), models.build_student(detector)
+        with other_layout(device):
+            turned = models.to_device(copy.deepcopy(student), device)
         ours, halves = (lambda bits=bits: evaluate.evaluate(student, val, device, 0, "", bits)
                         for bits in (None, 8))  # no workers: to start some takes time
-        plain, ours, halves, alone = alternate(
+        plain, ours, halves, alone, turned = alternate(
             args.rounds, lambda: detect(original.to(device), images, device, True), ours, halves,
-            lambda: detect(student, images, device, False))
-        row(f"{arch} at 96/160, torchvision alone, the teacher", n / plain, "images/s")
-        row(f"{arch}, ours, with the figures, the student", n / ours, "images/s", n / plain)
-        row(f"{arch}, ours, split, 8 bits", n / halves, "images/s", n / ours)
-        row(f"{arch}, share of ours that the detector takes alone", 100 * alone / ours, "%")
+            *(lambda model=model: detect(model, images, device, False) for model in (student, turned)))
+        row(f"{arch} at {size[0]}/{size[1]}, torchvision alone, the teacher", n / plain, "images/s")
+        row("ours, with the figures, the student", n / ours, "images/s", n / plain)
+        row("ours, split, 8 bits", n / halves, "images/s", n / ours)
+        row("the student's detector alone", n / alone, "images/s", n / ours)
+        row("the same in the other layout", n / turned, "images/s", n / ours)
     sizes, corner, side = ((800, 1067), (480, 640)), 500 * torch.rand(100, 2), torch.rand(100, 2)
     masks = interpolate(torch.rand(100, 1, 5, 5), (28, 28), mode="bilinear")
     found = {"boxes": torch.cat([corner, corner + 20 + 280 * side], 1), "scores": side[:, 0],

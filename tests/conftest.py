@@ -27,14 +27,9 @@ ARCHS = ("fasterrcnn", "maskrcnn")
 BEST = "coco2017-custom_{0}_resnet_fpn_from_{0}_resnet50_fpn.pt"
 SIZES = {"min_size": 96, "max_size": 160}
 SIZE_FLAGS = ["--min-size", "96", "--max-size", "160", "--device", "cpu", "--workers", "0"]
-os.environ["TORCH_HOME"] = tempfile.mkdtemp(prefix="ghnd-tests-")  # of the cached indices
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 FORK = multiprocessing.get_context("forkserver")  # processes that need not import torch again
 FORK.set_forkserver_preload(["torchvision", "pycocotools.cocoeval", "pytest", "train"])
-
-
-def pytest_unconfigure():
-    shutil.rmtree(os.environ["TORCH_HOME"], ignore_errors=True)
 
 
 def process_of_a_run(main, argv, rank, processes, port, out, limit):
@@ -179,6 +174,11 @@ def add_edge_cases(content):
             "id": len(content["annotations"]) + 1, "image_id": image["id"], "category_id": 1,
             "bbox": [20, 10, 100, 90], "area": 9000, "iscrowd": 1,
             "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("home"))  # of the cached indices
 
 
 @pytest.fixture(scope="session")

@@ -333,8 +333,8 @@ def test_a_teacher_of_21_classes_end_to_end(dataset, tmp_path, call, capfd):
 # ---- what a GPU would show
 
 
-class CopiesThatWait(TorchFunctionMode):
-    """Notes what is copied to the meta device so that the host would wait, were it a GPU."""
+class Copies(TorchFunctionMode):
+    """Notes what is copied to the meta device, and whether the host would wait, were it a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -345,8 +345,8 @@ class CopiesThatWait(TorchFunctionMode):
         if func in (to, torch.Tensor.copy_, torch.as_tensor, torch.tensor) and result.is_meta:
             source = args[1] if func is torch.Tensor.copy_ else args[0]
             on_host = not isinstance(source, torch.Tensor) or not source.is_meta
-            if on_host and not (kwargs or {}).get("non_blocking"):
-                self.found.append(func)
+            if on_host:
+                self.found.append((func, not (kwargs or {}).get("non_blocking")))
         return result
 
 
@@ -364,11 +364,11 @@ def test_between_log_lines_the_host_never_waits_for_the_device(placed, dataset, 
     distiller, steps = models.Distiller(teacher, student), []
     optimizer, _ = train.build_optimizer(distiller.student_stem, experiment)
     monkeypatch.setattr(distributed, "noted_signal", lambda: steps.append(len(copies.found)) or 0)
-    with CopiesThatWait() as copies, pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+    with Copies() as copies, pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         train.train(experiment, distiller, teacher.transform, loader, optimizer, train.Progress(),
                     None, log_every=3)
     assert len(steps) == 3  # the third, which is to be reported, waits
-    if placed:
-        assert copies.found == []
-    else:  # torchvision copies its constants for each image
-        assert set(copies.found) == {torch.as_tensor} and steps == [2 * 6, 4 * 6, 6 * 6]
+    if placed:  # each of a step's 6 images crosses once, and nothing else does
+        assert copies.found == [(torch.Tensor.to, False)] * 18 and steps == [6, 12, 18]
+    else:  # torchvision copies its two constants for each image
+        assert (torch.as_tensor, True) in copies.found and steps == [18, 36, 54]
