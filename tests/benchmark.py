@@ -3,7 +3,7 @@
     python tests/benchmark.py [step load start evaluate] [--large] [--device cuda] [--json FILE]
 
 Medians, ranges, and how many times better than the original: for the step torchdistill 1.1.5's box,
-for data set and masks its 0.0.1 in a process of its own, for detection torchvision's own forward.
+for the data set its 0.0.1 in a process of its own, for detection torchvision's own forward.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -270,31 +271,20 @@ def bench_evaluate(args, device, folder, row):
     for arch, size in itertools.product(models.DETECTORS, [(96, 160)] + [(800, 1333)] * args.large):
         original = models.random_teacher(arch, [image / 255 for image in images], 0, *size)
         detector = models.to_device(copy.deepcopy(original), device)
-        val, n, student = evaluate.ValSet(folder, detector), len(images), models.build_student(detector)
+        val, n = evaluate.ValSet(folder, detector), len(images)
+        student = models.build_student(detector)
         with other_layout(device):
             turned = models.to_device(copy.deepcopy(student), device)
-        ours, halves = (lambda bits=bits: evaluate.evaluate(student, val, device, 0, "", bits)
+        ours, halves = (partial(evaluate.evaluate, student, val, device, 0, "", bits)
                         for bits in (None, 8))  # no workers: to start some takes time
         plain, ours, halves, alone, turned = alternate(
-            args.rounds, lambda: detect(original.to(device), images, device, True), ours, halves,
-            *(lambda model=model: detect(model, images, device, False) for model in (student, turned)))
+            args.rounds, partial(detect, original.to(device), images, device, True), ours, halves,
+            *(partial(detect, model, images, device, False) for model in (student, turned)))
         row(f"{arch} at {size[0]}/{size[1]}, torchvision alone, the teacher", n / plain, "images/s")
         row("ours, with the figures, the student", n / ours, "images/s", n / plain)
         row("ours, split, 8 bits", n / halves, "images/s", n / ours)
         row("the student's detector alone", n / alone, "images/s", n / ours)
         row("the same in the other layout", n / turned, "images/s", n / ours)
-    sizes, corner, side = ((800, 1067), (480, 640)), 500 * torch.rand(100, 2), torch.rand(100, 2)
-    masks = interpolate(torch.rand(100, 1, 5, 5), (28, 28), mode="bilinear")
-    found = {"boxes": torch.cat([corner, corner + 20 + 280 * side], 1), "scores": side[:, 0],
-             "labels": torch.ones(100).long(), "masks": masks}
-    paste = detector.transform.postprocess  # it changes what it is given, here a copy
-    pasting, ours = alternate(
-        3 * args.rounds, lambda: paste([dict(found)], sizes[:1], sizes[1:]),
-        lambda: evaluate.to_coco(1, detector, dict(found), *sizes))
-    torch.save({1: paste([dict(found)], sizes[:1], sizes[1:])[0]}, folder / "outputs.pt")
-    plain = pasting + call_original("masks", folder / "outputs.pt")
-    row("torchdistill, 100 masks of an image to results, with pasting", 1e3 * plain, "ms")
-    row("ours", 1e3 * ours, "ms", 1e3 * plain)
 
 
 def main():

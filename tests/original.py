@@ -4,7 +4,7 @@ Started by test_parity.py in a process of its own, with the folder of 0.0.1 firs
     python original.py student ARCH CHECKPOINT OUTPUT
     python original.py batches ANNOTATIONS OUTPUT
 and by benchmark.py, which reads the JSON of the last line printed, as
-    python original.py load DATA_DIR | start DATA_DIR | masks OUTPUTS
+    python original.py load DATA_DIR | start DATA_DIR
 """
 
 import argparse
@@ -92,22 +92,16 @@ def coco_dataset(folder):
         annotated_only=True, is_segment=False)
 
 
-def seconds(action, items):
-    """Seconds that an action takes for one item, in each of three passes over all, sorted."""
-    passes = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        for item in items:
-            action(item)
-        passes.append((time.perf_counter() - begin) / len(items))
-    return sorted(passes)
-
-
 def load(folder):
     """Seconds to load and prepare one image, of three passes the fastest."""
     torch.set_num_threads(1)
-    dataset = coco_dataset(folder)
-    print(json.dumps(seconds(dataset.__getitem__, range(len(dataset)))[0]))
+    dataset, passes = coco_dataset(folder), []
+    for _ in range(3):
+        begin = time.perf_counter()
+        for position in range(len(dataset)):
+            dataset[position]
+        passes.append((time.perf_counter() - begin) / len(dataset))
+    print(json.dumps(min(passes)))
 
 
 def start(folder):
@@ -123,16 +117,6 @@ def start(folder):
     next(iter(sampler.GroupedBatchSampler(
         DistributedSampler(dataset, 3, 0), sampler.create_aspect_ratio_groups(dataset, k=3), 4)))
     print(json.dumps([time.perf_counter() - begin, resident() - before]))
-
-
-def masks(file):
-    """Seconds an image to turn detections with masks into COCO results, for boxes and for masks."""
-    from torchdistill.eval.coco import CocoEvaluator
-
-    evaluator = CocoEvaluator.__new__(CocoEvaluator)
-    print(json.dumps(seconds(
-        lambda output: [evaluator.prepare(dict([output]), kind) for kind in ("bbox", "segm")],
-        torch.load(file).items())[1]))
 
 
 if __name__ == "__main__":
