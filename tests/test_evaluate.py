@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -156,6 +157,23 @@ def test_a_detector_that_finds_nothing_scores_zero(dataset, teachers, monkeypatc
     figures, results, _ = evaluate.evaluate(teacher, val, CPU, 0, "")
     assert results == [] and list(figures) == ["bbox"] and set(figures["bbox"]) <= {0.0, -1.0}
     assert figures["bbox"][0] == 0
+
+
+def test_results_of_four_images_at_a_time_are_made_beside_the_detector(dataset, monkeypatch):
+    """While the detector, which takes no time here, sees a fifth; more would fill the memory."""
+    detector, waiting, most = models.build_detector("fasterrcnn", **SIZES), [], []
+    val = evaluate.ValSet(dataset, detector)
+
+    def to_coco(image_id, *_):
+        time.sleep(0.3 + 0.1 * (image_id % 3))
+        waiting.pop()
+        return [{"image_id": image_id, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}]
+
+    monkeypatch.setattr(evaluate, "to_coco", to_coco)
+    monkeypatch.setattr(models, "detect", lambda *_: waiting.append(0) or most.append(
+        len(waiting)) or ({}, (1, 1), (1, 1)))
+    _, results, _ = evaluate.evaluate(detector, val, CPU, 0, "")
+    assert [r["image_id"] for r in results] == val.index.id.tolist() and max(most) == 5
 
 
 def run_evaluate(dataset, checkpoints, *flags, processes=None):
