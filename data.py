@@ -1,241 +1,359 @@
-"""COCO without its labels: which images, in which batches, their bytes. Also the demo data set."""
+"""COCO without its labels: which images, in which batches, and their pixels."""
 
-import contextlib
-import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision.io
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
-from torchvision.datasets.folder import pil_loader
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 
 import distributed
+from distributed import InputError
 
-# ---- the index: all that training needs of 450 MB of annotations ---------------------------------
-# An array of records, the images of one annotation file by ascending id: id, name (of the file,
-# below the image folder), width, height (pixels), usable (has an annotation to train with).
-Index = np.recarray
+# ---- annotation files ----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def reading(annotation_file: Path) -> Iterator[None]:
-    """Turn whatever the block raises into a ValueError that names the annotation file."""
-    try:
-        yield
-    except Exception as error:  # each kind of damage has its own
-        raise ValueError(f"{annotation_file} is not a whole COCO instances file "
-                         f"({type(error).__name__}: {error})") from error
+class ImageInfo(NamedTuple):
+    """What an annotation file says of an image."""
+
+    id: int
+    file_name: str  # below the image folder
+    width: int      # pixels
+    height: int
 
 
-def parse_annotations(annotation_file: Path) -> Index:
-    """Read a COCO instances file into an Index. Raises ValueError, naming it, if it is broken.
+def read_instances(annotation_file: Path) -> dict[str, Any]:
+    """Read a COCO instances file and check all that training reads of it: images and boxes.
 
-    An image is usable when it has an annotation, crowd or not, whose box has a width and a height
-    of more than 1 pixel (torchvision references, _has_valid_annotation).
+    Raises InputError, naming the file and the entry, if anything there cannot be right: pycocotools
+    and torchvision would compute with it without a word.
     """
-    with reading(annotation_file):
-        content = json.loads(annotation_file.read_bytes())
-        usable = {a["image_id"] for a in content["annotations"] if min(a["bbox"][2:]) > 1}
-        images = {image["id"]: image for image in content["images"]}  # of two with one id, the last
-        columns = zip(*((i, images[i]["file_name"], images[i]["width"], images[i]["height"],
-                         i in usable) for i in sorted(images)), strict=True)
-        kinds = (np.int64, str, np.int64, np.int64, bool)
-        index = np.rec.fromarrays(
-            [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)],
-            names="id, name, width, height, usable")
-        if min(index.width.min(), index.height.min()) < 1:
-            raise ValueError("an image has no width or no height")
-        return index
-
-
-def load_index(annotation_file: Path) -> Index:
-    """Index an annotation file, or take the index that was cached in torch.hub's folder before."""
     if not annotation_file.is_file():
-        raise FileNotFoundError(f"{annotation_file} is missing; --data-dir must hold annotations/, "
-                                "train2017/ and val2017/ as COCO does")
-    stat = annotation_file.stat()
-    key = f"1 {annotation_file.resolve()} {stat.st_size} {stat.st_mtime_ns}"  # 1: format's version
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    cache = Path(torch.hub.get_dir(), f"ghnd_index_{digest[:16]}.npy")
-    with contextlib.suppress(Exception):  # not there, or torn
-        return np.load(cache).view(Index)
-    index = parse_annotations(annotation_file)
-    with contextlib.suppress(OSError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.save(cache, index)
-    return index
+        raise InputError(f"{annotation_file} is missing; --data-dir must hold annotations/, "
+                         "train2017/ and val2017/ as COCO does")
+    try:
+        content = json.loads(annotation_file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{annotation_file} is not whole: {error}") from error
+    for group in ("images", "annotations"):
+        entries = content.get(group) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"{annotation_file} is no COCO instances file: it has no list of "
+                             f"objects named {group!r}")
+
+    check_ids(annotation_file, "images", content["images"])
+    for i, image in enumerate(content["images"]):
+        if not isinstance(image.get("file_name"), str):
+            raise entry_error(annotation_file, "images", i, image, "file_name", "a text")
+        for field in ("width", "height"):
+            if type(image.get(field)) is not int or image[field] < 1:
+                raise entry_error(
+                    annotation_file, "images", i, image, field, "a whole number of pixels")
+
+    for i, annotation in enumerate(content["annotations"]):
+        if type(annotation.get("image_id")) is not int:
+            raise entry_error(
+                annotation_file, "annotations", i, annotation, "image_id", "a whole number")
+        box = annotation.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_coordinate, box)):
+            raise entry_error(
+                annotation_file, "annotations", i, annotation, "bbox", "four finite numbers")
+    return content
 
 
-def load_split(data_dir: Path, split: str, limit: int | None = None) -> tuple[Index, Path]:
-    """Return the first `limit` images of "train" (usable ones) or "val" (all), and their folder.
+def check_ids(annotation_file: Path, group: str, entries: list[dict[str, Any]]) -> None:
+    """Raise InputError if the ids of a file's images or categories are no integers, or repeated."""
+    place_of = {}
+    for i, entry in enumerate(entries):
+        if type(entry.get("id")) is not int:  # isinstance would take true for a number
+            raise entry_error(annotation_file, group, i, entry, "id", "a whole number")
+        if entry["id"] in place_of:
+            unique = f"unique: {group}[{place_of[entry['id']]}] has it too"
+            raise entry_error(annotation_file, group, i, entry, "id", unique)
+        place_of[entry["id"]] = i
 
-    Raises FileNotFoundError or ValueError, naming the path, also where an image is not there.
+
+def is_coordinate(x: object) -> bool:
+    """Return whether x is a number that can be a position in pixels: not NaN, not infinite."""
+    return type(x) in (int, float) and -1e9 < x < 1e9
+
+
+def entry_error(
+    annotation_file: Path, group: str, i: int, entry: dict[str, Any], field: str, expected: str
+) -> InputError:
+    """Return an error that names a wrong field of an entry, by place and id."""
+    value = "missing"
+    if field in entry:
+        value = json.dumps(entry[field])[:80]
+    return InputError(f"{annotation_file}: {group}[{i}], with id {entry.get('id')!r}: its {field} "
+                      f"is {value}, not {expected}")
+
+
+def image_infos(content: dict[str, Any]) -> list[ImageInfo]:
+    """Return all images of a checked annotation file, by ascending id."""
+    infos = [ImageInfo(image["id"], image["file_name"], image["width"], image["height"])
+             for image in content["images"]]
+    return sorted(infos)
+
+
+def read_train_images(annotation_file: Path) -> list[ImageInfo]:
+    """Return the images to train on, by ascending id. Raises InputError as read_instances does.
+
+    They are those with an annotation, crowd or not, whose box has a width and a height of more
+    than 1 pixel (torchvision's references, _has_valid_annotation).
     """
-    folder = data_dir / f"{split}2017"
-    annotation_file = data_dir / "annotations" / f"instances_{split}2017.json"
-    index = distributed.from_main(load_index, annotation_file)
-    index = (index[index.usable] if split == "train" else index)[:limit]
-    if len(index) == 0:
-        raise ValueError(f"{data_dir} has no images to use in its {split}2017 annotations")
+    content = read_instances(annotation_file)
+    usable_ids = set()
+    for annotation in content["annotations"]:
+        _, _, width, height = annotation["bbox"]
+        if width > 1 and height > 1:
+            usable_ids.add(annotation["image_id"])
+    return [image for image in image_infos(content) if image.id in usable_ids]
+
+
+def load_train_split(
+    data_dir: Path, max_size: int, limit: int | None = None
+) -> tuple[list[ImageInfo], Path]:
+    """Return the first `limit` images to train on, and their folder, on every process.
+
+    Raises InputError, naming the file, where something is missing or check_images finds a fault.
+    """
+    annotation_file = data_dir / "annotations" / "instances_train2017.json"
+    images = distributed.on_main(read_train_images, annotation_file)[:limit]
+    folder = data_dir / "train2017"
+    distributed.on_main(check_images, images, folder, max_size)
+    return images, folder
+
+
+def check_images(images: Sequence[ImageInfo], folder: Path, max_size: int) -> None:
+    """Raise InputError if there are no images, one has no file, or one is too thin to be resized.
+
+    max_size: of the detector's transform, which resizes the longer side to at most so many pixels.
+    """
+    if not images:
+        raise InputError(f"there are no images to use in {folder}, says its annotation file")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}/ is missing; --data-dir must hold COCO's images")
-    present = set(os.listdir(folder))
-    missing = [name for name in index.name.tolist()
-               if name not in present and not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(f"image {folder / missing[0]} is missing, the first of "
-                                f"{len(missing)} that {annotation_file.name} names")
-    return index, folder
+        raise InputError(f"{folder}/ is missing; --data-dir must hold COCO's images")
+    present = set(os.listdir(folder))  # one call, where asking for each of 117,000 files is slow
+    for image in images:
+        path = folder / image.file_name
+        if image.file_name not in present and not path.exists():  # it may be in a subfolder
+            raise InputError(f"image {path} is missing")
+        long_side, short_side = max(image.width, image.height), min(image.width, image.height)
+        # Resized, the shorter side has short_side * max_size / long_side pixels, rounded down, and
+        # what should be 1 may come out as 0.9999.
+        if short_side * max_size <= long_side:
+            raise InputError(f"image {path} is too thin: of {image.width} x {image.height} pixels, "
+                             f"none is left when its longer side is resized to {max_size}")
+
 
 # ---- images --------------------------------------------------------------------------------------
-def read_image(path: Path) -> Tensor:
-    """Decode a JPEG or PNG file to RGB, (3, h, w) uint8; greyscale is repeated on the 3 channels.
 
-    By torchvision or, for the day when its decoders are gone, by Pillow, with the same pixels.
+
+def read_image(path: Path) -> Tensor:
+    """Decode an image file to RGB, (3, h, w) uint8, as Pillow converts it. EXIF is not applied.
+
+    Raises InputError, naming the file, if it is broken, animated, or has more than 8 bits a value.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"image {path} is missing")
     try:
-        if hasattr(torchvision.io, "decode_image"):
-            return torchvision.io.decode_image(str(path), torchvision.io.ImageReadMode.RGB)
-        return pil_to_tensor(pil_loader(path))
-    except Exception as error:  # either has its own kinds for as many kinds of damage
-        raise ValueError(f"image {path} cannot be decoded: {str(error).splitlines()[0]}") from error
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # "I;16" and the like; convert would clip them
+                raise InputError(f"image {path} has more than 8 bits a value (mode {image.mode})")
+            # Some cameras append a preview to a photo (MPO); its first image is the photo.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise InputError(f"image {path} is an animation of {image.n_frames} pictures")
+            return pil_to_tensor(image.convert("RGB")).contiguous()
+    except InputError:
+        raise
+    except Exception as error:  # each decoder raises exceptions of its own
+        raise InputError(f"image {path} cannot be decoded: {error}") from error
 
 
 class CocoImages(Dataset):
-    """Images alone: nothing in GHND's loss reads a label. Indexed by (position, flip)."""
-    def __init__(self, index: Index, folder: Path) -> None:
-        self.names, self.folder = index.name, folder
+    """Images alone, since nothing in GHND's loss reads a label. Indexed by (position, flip).
+
+    Gives (3, h, w) uint8, flipped left to right or not. An InputError is given instead of being
+    raised, because a DataLoader wraps what its workers raise into a dozen lines: see `iterate`.
+    """
+
+    def __init__(self, images: Sequence[ImageInfo], folder: Path) -> None:
+        self.images = images
+        self.folder = folder
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.images)
 
-    def __getitem__(self, key: tuple[int, bool]) -> Tensor:
+    def __getitem__(self, key: tuple[int, bool]) -> Tensor | InputError:
         position, flip = key
-        image = read_image(self.folder / self.names[position])  # (3, h, w) uint8
+        info = self.images[position]
+        path = self.folder / info.file_name
+        try:
+            image = read_image(path)
+        except InputError as error:
+            return error
+        _, height, width = image.shape
+        if (width, height) != (info.width, info.height):
+            return InputError(
+                f"image {path} has {width} x {height} pixels, but {info.width} x {info.height} in "
+                "the annotation file (a photo that EXIF turns must be saved upright)")
         return image.flip(-1) if flip else image
 
+
+def iterate(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield a loader's images or lists of images, and raise the first InputError among them."""
+    for batch in loader:
+        images = batch if isinstance(batch, list) else [batch]
+        for image in images:
+            if isinstance(image, InputError):
+                raise image
+        yield batch
+
+
 # ---- batches -------------------------------------------------------------------------------------
-def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, k: int = 3) -> np.ndarray:
+
+
+def aspect_ratio_groups(widths: Sequence[int], heights: Sequence[int], k: int = 3) -> np.ndarray:
     """Group images by width / height: (N,) ints from 0 to 2k + 1.
 
-    The bins are 2 ** linspace(-1, 1, 2k + 1); an edge is in the upper group (torchvision
-    references, create_aspect_ratio_groups).
+    The bins are 2 ** linspace(-1, 1, 2k + 1), and a ratio on an edge belongs to the upper group
+    (torchvision's references, create_aspect_ratio_groups).
     """
-    return np.searchsorted(2 ** np.linspace(-1, 1, 2 * k + 1), widths / heights, side="right")
+    edges = 2 ** np.linspace(-1, 1, 2 * k + 1)
+    return np.searchsorted(edges, np.divide(widths, heights), side="right")
 
 
 def group_batches(order: Iterable[int], groups: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Cut an order of images into batches of one group each, in the order in which they fill up.
+    """Cut an order of images into len(order) // batch_size batches, each of one group.
 
-    Left-over groups, largest first, are filled up from what was first seen in them, repeated if
-    need be, until there are len(order) // batch_size batches (torchvision, GroupedBatchSampler).
+    Batches come in the order in which they fill up. At the end, left-over groups are filled up
+    from the images that came first in them, the largest left-over first, until there are enough
+    batches. This is the GroupedBatchSampler of torchvision's references in 2020, except that theirs
+    fails where a group has too few images for one batch, whereas here the images are repeated.
     """
-    batches, pending, seen = [], defaultdict(list), defaultdict(list)
+    batches = []
+    left_over = defaultdict(list)  # group -> images that wait for their batch to fill up
+    seen = defaultdict(list)       # group -> all its images so far
     for image in order:
         group = groups[image]
-        pending[group].append(image)
+        left_over[group].append(image)
         seen[group].append(image)
-        if len(pending[group]) == batch_size:
-            batches.append(pending.pop(group))
-            pending[group] = []  # last in the dict again: it decides between equal left-overs
-    missing = sum(map(len, seen.values())) // batch_size - len(batches)
-    for group in sorted(pending, key=lambda group: len(pending[group]), reverse=True)[:missing]:
-        fill = itertools.islice(itertools.cycle(seen[group]), batch_size - len(pending[group]))
-        batches.append(pending[group] + list(fill))
+        if len(left_over[group]) == batch_size:
+            batches.append(left_over[group])
+            # Taken out and put in again, the group is the dict's last. That order decides between
+            # left-overs of equal size below, as in the original.
+            del left_over[group]
+            left_over[group] = []
+
+    total = sum(len(members) for members in seen.values())
+    missing = total // batch_size - len(batches)
+    by_size = sorted(left_over, key=lambda group: len(left_over[group]), reverse=True)
+    for group in by_size[:missing]:
+        fill = itertools.cycle(seen[group])
+        still_free = batch_size - len(left_over[group])
+        batches.append(left_over[group] + list(itertools.islice(fill, still_free)))
     return batches
 
 
 class GroupedBatches(Sampler):
-    """This process's batches of (position, flip), a function of (seed, epoch, rank) alone.
+    """This process's batches of (position, flip), which depend on seed, epoch and rank alone.
 
-    The order is DistributedSampler's; flips follow from seed, epoch and image. Set `epoch` before
-    each pass, and `skip`, the number of batches to leave out, to take up an epoch in its midst.
+    The order is a DistributedSampler's; whether an image is flipped depends on seed, epoch and
+    image. So an epoch can be taken up in the middle without any stored random state.
+
+    epoch: to be set before each pass.
+    first_batch: to be set as well, to leave out the batches before it.
     """
-    def __init__(self, index: Index, batch_size: int, rank: int, world_size: int,
-                 seed: int = 0) -> None:
-        self.groups = aspect_ratio_groups(index.width, index.height).tolist()
-        self.shuffle = DistributedSampler(range(len(index)), world_size, rank, seed=seed)
-        self.batch_size, self.seed, self.epoch, self.skip = batch_size, seed, 0, 0
+
+    def __init__(
+        self,
+        images: Sequence[ImageInfo],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int = 0,
+    ) -> None:
+        widths = [image.width for image in images]
+        heights = [image.height for image in images]
+        self.groups = aspect_ratio_groups(widths, heights).tolist()
+        self.order = DistributedSampler(range(len(images)), world_size, rank, seed=seed)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
 
     def __len__(self) -> int:
-        return len(self.shuffle) // self.batch_size
+        """Return the number of batches in a whole epoch."""
+        return len(self.order) // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        self.shuffle.set_epoch(self.epoch)
-        flips = np.random.default_rng((self.seed, self.epoch)).random(len(self.groups)) < 0.5
-        for batch in group_batches(self.shuffle, self.groups, self.batch_size)[self.skip:]:
-            yield [(image, bool(flips[image])) for image in batch]
+        self.order.set_epoch(self.epoch)
+        random = np.random.default_rng((self.seed, self.epoch))
+        flips = (random.random(len(self.groups)) < 0.5).tolist()
+        batches = group_batches(self.order, self.groups, self.batch_size)
+        for batch in batches[self.first_batch:]:
+            yield [(position, flips[position]) for position in batch]
 
 
-def make_loader(index: Index, folder: Path, workers: int, **batching: Any) -> DataLoader:
-    """Load images in workers, which leave signals to this process and may be stuck for 10 min."""
-    return DataLoader(CocoImages(index, folder), num_workers=workers, **batching,
-                      timeout=600 if workers else 0, worker_init_fn=distributed.ignore_signals,
-                      pin_memory=torch.cuda.is_initialized())
+# ---- loaders -------------------------------------------------------------------------------------
 
 
 def train_loader(
-    index: Index, folder: Path, batch_size: int, seed: int, workers: int
+    images: Sequence[ImageInfo],
+    folder: Path,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    device: torch.device,
 ) -> DataLoader:
-    """Load this process's GroupedBatches, as lists of uint8 images, in workers that stay alive."""
+    """Return a loader of this process's GroupedBatches, as lists of uint8 images (3, h, w)."""
+    distributed.on_main(check_shared_memory, images, batch_size, workers)
     batches = GroupedBatches(
-        index, batch_size, distributed.rank(), distributed.world_size(), seed)
-    return make_loader(index, folder, workers, batch_sampler=batches, collate_fn=list,
-                       persistent_workers=workers > 0)
+        images, batch_size, distributed.rank(), distributed.world_size(), seed)
+    return DataLoader(
+        CocoImages(images, folder),
+        batch_sampler=batches,
+        collate_fn=list,  # the images differ in size
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+    )
 
 
-def val_loader(index: Index, folder: Path, workers: int) -> DataLoader:
-    """Load this process's share of the images, positions rank, rank + world, ..., one by one."""
-    mine = range(distributed.rank(), len(index), distributed.world_size())
-    return make_loader(index, folder, min(workers, len(mine)), batch_size=None,
-                       sampler=[(position, False) for position in mine])
+def val_loader(
+    images: Sequence[ImageInfo], folder: Path, workers: int, device: torch.device
+) -> DataLoader:
+    """Return a loader of this process's share of the images, at rank, rank + world_size, ..."""
+    distributed.on_main(check_shared_memory, images, 1, workers)
+    share = range(distributed.rank(), len(images), distributed.world_size())
+    return DataLoader(
+        CocoImages(images, folder),
+        sampler=[(position, False) for position in share],
+        batch_size=None,  # single images
+        num_workers=min(workers, len(share)),
+        pin_memory=device.type == "cuda",
+    )
 
-# ---- the demo data set ---------------------------------------------------------------------------
-def write_demo_dataset(data_dir: Path, train: int = 128, val: int = 8, seed: int = 0) -> None:
-    """Draw a small data set in COCO's layout: real JPEG files of coloured boxes and ellipses.
 
-    Sizes and orientations vary; every 8th image is greyscale and every 7th has no annotation.
-    """
-    rng = np.random.default_rng(seed)
-    angles = np.arange(16) * np.pi / 8
-    for split, count in (("train", train), ("val", val)):
-        folder = data_dir / f"{split}2017"
-        folder.mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
-        for i in range(1, count + 1):
-            w, h = sorted(rng.integers(160, 320, 2).tolist(), reverse=bool(rng.random() < 0.75))
-            xy = np.stack(np.meshgrid(np.arange(w), np.arange(h)), axis=-1)  # (h, w, 2)
-            picture = 128 + 60 * np.sin(xy @ rng.normal(size=(2, 3)) / 60)   # (h, w, 3), 0 to 255
-            for _ in range(int(rng.integers(1, 5)) if i % 7 else 0):
-                half, category = rng.uniform(12, 50, 2), int(rng.integers(1, 3))
-                centre = rng.uniform(half, np.array([w, h]) - half - 1)
-                norm = {1: np.inf, 2: 2}[category]  # whose unit ball is a square, a circle
-                inside = np.linalg.norm((xy - centre) / half, norm, axis=-1, keepdims=True) <= 1
-                picture = np.where(inside, rng.uniform(0, 255, 3), picture)
-                outline = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-                outline = outline / np.linalg.norm(outline, norm, axis=1, keepdims=True)
-                annotations.append({
-                    "id": len(annotations) + 1, "image_id": i, "category_id": category,
-                    "bbox": [*(centre - half), *(2 * half)], "area": 4 * half.prod(), "iscrowd": 0,
-                    "segmentation": [(centre + half * outline).flatten().tolist()]})
-            name = f"{i:012d}.jpg"
-            images.append({"id": i, "file_name": name, "width": w, "height": h})
-            pixels = picture.astype(np.uint8)
-            pixels = to_pil_image(pixels if i % 8 else pixels.mean(-1, keepdims=True).astype("u1"))
-            pixels.save(folder / name, quality=90)
-        categories = [{"id": 1, "name": "box"}, {"id": 2, "name": "ellipse"}]
-        file = data_dir / "annotations" / f"instances_{split}2017.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(
-            {"images": images, "annotations": annotations, "categories": categories}))
+def check_shared_memory(images: Sequence[ImageInfo], batch_size: int, workers: int) -> None:
+    """Raise InputError if /dev/shm cannot hold what the workers have ready: they would hang."""
+    shared_memory = Path("/dev/shm")
+    if workers == 0 or not shared_memory.is_dir():
+        return
+    largest = max(3 * image.width * image.height for image in images)
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batches_ready = 2 * workers + 1  # a DataLoader's prefetch_factor is 2; one batch is in use
+    needed = processes_here * batches_ready * batch_size * largest
+    free = shutil.disk_usage(shared_memory).free
+    if free < needed:
+        raise InputError(
+            f"/dev/shm has {free / 2**20:.0f} MiB free, and loading in {workers} workers may take "
+            f"{needed / 2**20:.0f}; give --workers 0, or start docker with a larger --shm-size")

@@ -1,158 +1,171 @@
-"""Start-up, collectives, the vote on signals, and one message for an error of many processes."""
+"""Helpers that do the same on one process and on several, and errors that name what a user can fix.
+
+Started by torchrun, a script runs in several processes that know their number from RANK and
+WORLD_SIZE; started by python, in one.
+"""
 
 import contextlib
 import logging
-import multiprocessing
 import os
-import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 logger = logging.getLogger("ghnd")
-log = logger.info
-USER_ERRORS = (OSError, ValueError, FloatingPointError)  # told without a traceback
-PEER_DIED = ("by peer", "Broken pipe", "remote process exited")  # as gloo and nccl say it
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what clusters send
-PATIENCE = 10  # seconds that the first process has to tell the reason and end everybody
-_noted = 0  # the signal that noting_signals has met
+log = logger.info  # prints on the main process only, once `run` has set it up
+
+
+class InputError(ValueError):
+    """Something that a user gave is wrong: a flag, a file, a folder.
+
+    The message names it, and says what was found, what was expected and what to do.
+    on_all_processes: whether every process raises it, so that only the first should tell it.
+    """
+
+    def __init__(self, message: str, on_all_processes: bool = False) -> None:
+        super().__init__(message)
+        self.on_all_processes = on_all_processes
 
 
 def rank() -> int:
+    """Return this process's number, from 0; 0 is called the main process."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    """Return the number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main and exit, with 0, sys.exit's status, 128 + a signal or 1 for any error.
+    """Run a script's main function, with one line and exit status 1 for an InputError.
 
-    The first process tells its error at once, and torchrun then ends the others; these, and who
-    only sees that a peer is gone, wait for that before they speak.
+    Every other exception keeps its traceback. Where one of several processes fails alone, torchrun
+    ends the others, which may print tracebacks of lost connections: these only follow from it.
     """
-    if rank() > 0:
-        sys.stderr = open(os.devnull, "w")  # warnings and usage errors are alike on all processes
-    logger.setLevel(logging.DEBUG if rank() == 0 else logging.CRITICAL)
-    logger.addHandler(console := logging.StreamHandler(sys.stdout))
-    console.setLevel(logging.INFO)
-    logging.raiseExceptions = False  # lest a full disk's log bury the one message
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
-        status = main() or barrier() or 0
-    except Exception as error:
-        status = _tell(error)
-    except (SystemExit, KeyboardInterrupt) as stop:
-        status = getattr(stop, "code", 128 + signal.SIGINT)
-    logger.handlers.clear()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch misses its loader's workers,
-    for worker in multiprocessing.active_children():  # who ignore signals and hold our sockets
-        worker.kill()
-    if dist.is_initialized():  # a normal exit may wait for peers that wait, or abort inside gloo
-        os._exit(status)
-    sys.exit(status)
-
-
-def _tell(error: Exception) -> int:
-    full = message = "".join(traceback.format_exception(error))
-    if isinstance(error, USER_ERRORS):  # in a loader's worker, the message follows its traceback
-        message = str(error).strip().rsplit(f"\n{type(error).__name__}: ", 1)[-1]
-    peer_died = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_DIED)
-    if peer_died and _noted:  # all were asked to end
-        return 128 + _noted
-    if peer_died or rank() > 0:
-        time.sleep(PATIENCE)
-        message = "another process died, which tells why" if peer_died else message
-    logger.debug("%s", full)  # for the log file
-    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.__stderr__, flush=True)
-    return 1
+        main()
+    except InputError as error:
+        if rank() == 0 or not error.on_all_processes:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    if dist.is_initialized():
+        barrier()  # or a process that is early would close connections that others still need
+        dist.destroy_process_group()
 
 
 def set_up(device: str = "auto") -> torch.device:
-    """Choose a device ("auto", "cuda" or "cpu") and, where there are several processes, join them.
+    """Choose this process's device and, if there are several processes, join them.
 
-    Raises ValueError, on all processes of a machine alike, where it has too few GPUs.
+    device: "cuda", "cpu", or "auto", which is "cuda" where there is a GPU.
+    Raises InputError if there are fewer GPUs than processes on this machine.
     """
-    if device == "cuda" or device == "auto" and torch.cuda.is_available():
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if gpus < here:
-            raise ValueError(f"--device cuda: this machine has {gpus} GPUs for {here} processes; "
-                             "lower --nproc_per_node or use --device cpu")
-        torch.cuda.set_device(device := f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    if world_size() > 1:  # torchrun's store outlives a restart, with the dead's addresses in it
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-                                 next(dist.rendezvous("env://"))[0])
-        backend = "cpu:gloo,cuda:nccl" if "cuda" in device else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
-    return torch.device("cpu" if device == "auto" else device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus = torch.cuda.device_count()
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if gpus < processes_here:
+            raise InputError(
+                f"--device cuda: this machine has {gpus} GPUs for {processes_here} processes; "
+                "lower --nproc_per_node, or use --device cpu",
+                on_all_processes=local_rank > 0)  # the first process of each machine tells it
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not dist.is_initialized():  # it is, if an experiment ran before
+        # Gradients go by nccl. Detections, metrics and errors are on the CPU and go by gloo.
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        # torchrun's store outlives a restart. With a prefix of its own, each attempt starts empty
+        # and does not meet the addresses of processes that are dead.
+        store, _, _ = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(attempt, store), rank=rank(), world_size=world_size())
+    return torch.device(device)
 
 
 @contextlib.contextmanager
-def noting_signals() -> Iterator[None]:
-    """Only note SIGNALS within the block; after one, Ctrl-C acts as usual again, to end a hang."""
-    def note(number: int, frame: object) -> None:
-        global _noted
-        _noted = _noted or number
-        # the others stay: a cluster signals each process, and torchrun then does so once more
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+def logging_to(path: Path) -> Iterator[None]:
+    """Append what the main process logs within the block to a file, too, with the time."""
+    if rank() > 0:
+        yield
+        return
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        logger.removeHandler(handler)
+        handler.close()
 
 
-def noted_signal() -> int:
-    """Return, on all processes alike, a signal that one of them has noted, or 0."""
-    number = torch.tensor(_noted)
+def on_main(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function on the main process alone, and return its result on every process.
+
+    An InputError of the function is raised on every process; the result must be picklable.
+    """
+    outcome = None
+    if rank() == 0:
+        try:
+            outcome = function(*args)
+        except InputError as error:
+            outcome = InputError(str(error), on_all_processes=True)
     if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def ignore_signals(worker: int) -> None:
-    """Leave signals, which reach whole process groups, to a loader's main process."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def from_main(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function on the main process alone; return its result, an object, on every process."""
-    box = [function(*args) if rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+        outcomes = [outcome]
+        dist.broadcast_object_list(outcomes)
+        outcome = outcomes[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
 
 
 def gather(value: Any) -> list[Any]:
-    """Return every process's Python object, in rank order, on every process."""
-    values = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
+    """Return every process's picklable value, in order of rank, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
     return values
 
 
-def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Add up a tensor of every process, on the CPU; this waits for the device."""
-    values = values.cpu()
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return, on the CPU, the sum of a tensor over all processes. This waits for the device."""
+    total = values.detach().to("cpu", copy=True)
     if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+        dist.all_reduce(total)
+    return total
 
 
 def barrier() -> None:
-    sum_over_processes(torch.zeros(1))  # on the CPU, so that it waits for no GPU
+    """Wait until every process is here. Goes by gloo, so it does not wait for a GPU's work."""
+    sum_over_processes(torch.zeros(1))
 
 
-def broadcast_buffers(module: torch.nn.Module) -> None:
-    """Give every process the main process's buffers (BatchNorm's running statistics)."""
-    for buffer in module.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the main process's buffers, such as BatchNorm's running statistics."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def sync_only_at_the_last(
+    is_last: bool, module: nn.Module
+) -> contextlib.AbstractContextManager:
+    """Return a context for the forward and backward pass of one of a step's micro-batches.
+
+    is_last: whether it is the step's last micro-batch.
+    DistributedDataParallel averages the gradients over the processes in every backward pass.
+    Averaging in the last pass is enough, since that includes what the passes before accumulated.
+    """
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not is_last:
+        return module.no_sync()
+    return contextlib.nullcontext()

@@ -1,393 +1,503 @@
-"""Teacher, bottleneck-injected student, the module that training runs, and checkpoint files."""
+"""Teacher and student, their backbones in training, checkpoint files, and the split student."""
 
 import argparse
-import contextlib
 import copy
 import itertools
+import math
 import os
 import struct
-import zipfile
+import textwrap
 import zlib
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import get_model_weights
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
+from distributed import InputError
+
 DETECTORS = {"fasterrcnn": FasterRCNN, "maskrcnn": MaskRCNN}
-STEM = ("conv1", "bn1", "relu", "maxpool")
-DISTILLED = ("layer1", "layer2", "layer3", "layer4")
-CLASSES = "roi_heads.box_predictor.cls_score.weight"  # which has as many rows
-# version, bits, channels, (h, w) of the original, resized and padded image, scale, zero point
-HEADER, VERSION = struct.Struct("<BBH6HfB"), 1
-DTYPES = {16: torch.float16, 32: torch.float32}  # of what is sent; uint8 for fewer bits
-Found = tuple[dict[str, Tensor], tuple[int, int], tuple[int, int]]
+CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"  # (classes, 1024), class 0 is background
+NARROWEST = "backbone.body.layer1.encoder.7.weight"        # (channels, 64, 2, 2): Bottleneck's
 
-# ---- detectors -----------------------------------------------------------------------------------
-def build_detector(arch: str, min_size: int = 800, max_size: int = 1333,
-                   classes: int = 91) -> nn.Module:
-    """Build torchvision's {arch}_resnet50_fpn without weights, frozen, in eval mode.
+# ---- teacher and student -------------------------------------------------------------------------
 
-    It resizes to min_size, max_size (pixels). Of the classes, 0 is the background. Its
-    FrozenBatchNorm2d have the published weights' eps, 0, where torchvision's default is 1e-5.
+
+def build_detector(
+    arch: str, min_size: int = 800, max_size: int = 1333, classes: int = 91, **settings: Any
+) -> nn.Module:
+    """Build torchvision's {arch}_resnet50_fpn without weights, frozen and in eval mode.
+
+    arch: "fasterrcnn" or "maskrcnn".
+    min_size, max_size: pixels; its transform resizes the shorter side to min_size, unless the
+        longer one would exceed max_size.
+    classes: their number, with the background, which is class 0.
+    settings: any others of torchvision's FasterRCNN or MaskRCNN.
     """
-    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=0,
-                                   norm_layer=partial(FrozenBatchNorm2d, eps=0.0))
-    detector = DETECTORS[arch](backbone, classes, min_size=min_size, max_size=max_size)
+    # The published weights were trained with eps 0. torchvision's constructor gives 1e-5 and
+    # corrects it only when it loads the published weights itself.
+    frozen_bn = partial(FrozenBatchNorm2d, eps=0.0)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, trainable_layers=0, norm_layer=frozen_bn)
+    detector = DETECTORS[arch](
+        backbone, classes, min_size=min_size, max_size=max_size, **settings)
     return detector.eval().requires_grad_(False)
 
 
-def load_teacher(arch: str, path: str | Path | None = None, min_size: int = 800,
-                 max_size: int = 1333) -> nn.Module:
+def load_teacher(
+    arch: str,
+    path: Path | None = None,
+    min_size: int = 800,
+    max_size: int = 1333,
+    eps: float = 0.0,
+) -> nn.Module:
     """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
 
-    Raises OSError or ValueError, naming the file, where the weights cannot be had or do not fit.
+    path: a checkpoint of a torchvision detector with any number of classes, None to download.
+    eps: of the FrozenBatchNorm2d that the file was trained with: 0 for COCO_V1 and what was
+        fine-tuned from it, else torchvision's 1e-5. It is added to the variances here, so that
+        every detector in this code, and every file it writes, has eps 0.
+    Raises InputError if the weights cannot be had or do not fit.
     """
     if path is None:
-        weights = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network, a wrong hash
-            raise OSError(f"cannot download the teacher's weights ({error}); fetch {weights.url} "
-                          "elsewhere and name the file with --teacher-ckpt") from error
-    else:
-        state = detector_state(load_checkpoint(path), path)
-    teacher = build_detector(arch, min_size, max_size, len(state.get(CLASSES, "no")))
-    load_weights(teacher, state, path or weights.url)
+        path = download_teacher(arch)
+    state = detector_state(load_checkpoint(path), path)
+    if CLASS_SCORES not in state:
+        raise InputError(f"{path} holds no detector: it has no {CLASS_SCORES}")
+    for key in state:
+        if key.endswith(".running_var"):
+            state[key] = state[key] + eps
+    teacher = build_detector(arch, min_size, max_size, classes=len(state[CLASS_SCORES]))
+    load_weights(teacher, state, path)
     return teacher
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the layout in which a device convolves faster: channels_last made a step up to 1.3 x
-    faster with AVX512, 1.2 x slower with AVX2 alone (tests/README.md); CUDA is unmeasured."""
-    pays = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
-            else torch.backends.cpu.get_cpu_capability() == "AVX512")
-    return torch.channels_last if pays else torch.contiguous_format
+def download_teacher(arch: str) -> Path:
+    """Download torchvision's COCO_V1 weights, unless torch.hub's cache has them; return the file.
 
-
-def has_bf16(device: torch.device) -> bool:
-    """Return whether a device has bfloat16 itself: emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@torch.inference_mode(False)
-def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
-    """Move a detector to its device, in its memory_format."""
-    for name in ("image_mean", "image_std"):  # lists, which torchvision would copy for each image
-        constants = torch.as_tensor(getattr(detector.transform, name), device=device)
-        setattr(detector.transform, name, constants)
-    return detector.to(device, memory_format=memory_format(device))
+    torch.hub's own loader is not used, since it runs whatever code a file in its cache holds.
+    """
+    url = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1.url
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if path.exists():
+        return path
+    elsewhere = f"fetch {url} elsewhere and name the file with --teacher-ckpt"
+    if str(path).startswith("~"):  # torch.hub leaves it where it finds no home directory
+        raise InputError(
+            f"there is no home directory to download to; set TORCH_HOME, or {elsewhere}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hash_prefix = path.stem.rsplit("-", 1)[1]
+        torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
+    except (OSError, RuntimeError) as error:  # no network; another hash
+        raise InputError(f"cannot download to {path} ({error}); {elsewhere}") from error
+    return path
 
 
 class Bottleneck(nn.Module):
-    """The student's layer1: an encoder to a few channels, which cross the network, and a decoder.
+    """The student's layer1: an encoder to a few channels, which are what is sent, and a decoder.
 
-    Maps (B, 64, H, W) to (B, 256, H, W), at stride 4, through (B, channels, H + 4, W + 4). Keys,
-    shapes and PyTorch's own initialisation are torchdistill 0.0.1's Bottleneck4LargeResNet's.
+    Maps (B, 64, H, W) to (B, 256, H, W) through (B, channels, H + 4, W + 4): the four padded 2 x 2
+    convolutions grow the map by one pixel each, the four unpadded ones shrink it back. Layers,
+    keys and initial values are those of torchdistill 0.0.1's Bottleneck4LargeResNet.
     """
-    def __init__(self, channels: int = 3, bits: int | None = None) -> None:
+
+    def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.bits = bits  # None, or as in quantise: what is sent in eval mode
-        down = partial(nn.Conv2d, kernel_size=2, padding=1, bias=False)
-        up = partial(nn.Conv2d, kernel_size=2, bias=False)
+        self.channels = channels
         self.encoder = nn.Sequential(
-            down(64, 64), nn.BatchNorm2d(64),
-            down(64, 256), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
-            down(256, 64), nn.BatchNorm2d(64), down(64, channels))
+            nn.Conv2d(64, 64, kernel_size=2, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.Conv2d(64, 256, kernel_size=2, padding=1, bias=False),
+            nn.BatchNorm2d(256),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(256, 64, kernel_size=2, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.Conv2d(64, channels, kernel_size=2, padding=1, bias=False),
+        )
         self.decoder = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.ReLU(inplace=True), up(channels, 64), nn.BatchNorm2d(64),
-            up(64, 128), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
-            up(128, 256), nn.BatchNorm2d(256), up(256, 256), nn.BatchNorm2d(256),
-            nn.ReLU(inplace=True))
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, 64, kernel_size=2, bias=False),
+            nn.BatchNorm2d(64),
+            nn.Conv2d(64, 128, kernel_size=2, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(128, 256, kernel_size=2, bias=False),
+            nn.BatchNorm2d(256),
+            nn.Conv2d(256, 256, kernel_size=2, bias=False),
+            nn.BatchNorm2d(256),
+            nn.ReLU(inplace=True),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.encoder(x)
-        if self.bits is not None and not self.training:  # image by image, as they are sent
-            z = torch.stack([restore(*quantise(image, self.bits)) for image in z])
-        return self.decoder(z)
+        return self.decoder(self.encoder(x))
 
 
 def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module:
     """Return the teacher with a copy of its conv1 and a new Bottleneck as layer1, in eval mode.
 
-    These two are trainable. Every other module with weights is the teacher's own frozen object.
+    Only these two are trainable. All other modules with weights are the teacher's own objects, so
+    the two detectors together take little more memory than one.
     """
     body = teacher.backbone.body
-    shared = [body["bn1"], *(body[name] for name in DISTILLED), teacher.backbone.fpn, teacher.rpn,
-              teacher.roi_heads]
-    student = copy.deepcopy(teacher, {id(module): module for module in shared})
-    student.backbone.body["layer1"] = Bottleneck(bottleneck_channels)
-    student.backbone.body["conv1"].requires_grad_(True)
+    shared = [body.bn1, body.layer1, body.layer2, body.layer3, body.layer4,
+              teacher.backbone.fpn, teacher.rpn, teacher.roi_heads]
+    # deepcopy takes what its memo already holds for the copy: here, each shared module itself.
+    # layer1 is among them only so that it is not copied in vain.
+    student = copy.deepcopy(teacher, memo={id(module): module for module in shared})
+    student.backbone.body.layer1 = Bottleneck(bottleneck_channels)
+    student.backbone.body.conv1.requires_grad_(True)
     return student.eval()
 
+
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
+    """Move a detector to a device, in the device's memory_format, and return it."""
+    # torchvision keeps these two as lists, and would copy them to the device for each image.
+    transform = detector.transform
+    transform.image_mean = torch.as_tensor(transform.image_mean, device=device)
+    transform.image_std = torch.as_tensor(transform.image_std, device=device)
+    return detector.to(device, memory_format=memory_format(device))
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the layout in which a device convolves faster.
+
+    On CPUs with AVX512, channels_last makes a training step up to 1.3 times faster; with AVX2
+    alone it makes it 1.2 times slower (measured, tests/README.md). For GPUs with tensor cores for
+    TF32 and bfloat16 (Ampere on), it is NVIDIA's advice, and not measured here.
+    """
+    if device.type == "cuda":
+        prefers_channels_last = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        prefers_channels_last = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.channels_last if prefers_channels_last else torch.contiguous_format
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16 itself: emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 # ---- what training runs --------------------------------------------------------------------------
+
+
 def fold_frozen_bn(module: nn.Module) -> nn.Module:
     """Return a frozen copy in which each convolution has absorbed the FrozenBatchNorm2d after it.
 
-    Only for frozen layers, since Adam would see rescaled weights, and never to be saved.
+    Only for layers that are not trained: folding rescales their weights, and Adam would take other
+    steps. A folded module is not to be saved, since its keys are others.
     """
-    module = copy.deepcopy(module)
+    module = copy.deepcopy(module).eval()
     for parent in list(module.modules()):
-        children = list(parent.named_children())  # torchvision registers a bn right after its conv
-        for (conv_name, conv), (bn_name, bn) in itertools.pairwise(children):
-            if isinstance(bn, FrozenBatchNorm2d):
-                parent.add_module(conv_name, fuse_conv_bn_eval(conv, bn))
-                parent.add_module(bn_name, nn.Identity())
+        children = list(parent.named_children())
+        # In torchvision's ResNets, a norm is registered right after its convolution.
+        for (name, module_before), (norm_name, norm) in itertools.pairwise(children):
+            if isinstance(norm, FrozenBatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(module_before, norm))
+                setattr(parent, norm_name, nn.Identity())
     return module.requires_grad_(False)
 
 
-def maps_from(first: Tensor, layers: Iterable[nn.Module]) -> list[Tensor]:
-    """Return layer1's map and what each further layer in turn makes of the one before."""
-    return list(itertools.accumulate(layers, lambda x, layer: layer(x), initial=first))
+def training_bodies(
+    student: nn.Module, teacher: nn.Module, bf16: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """Return the student's and the teacher's body as training runs them: fast, not to be saved.
 
-
-class Distiller(nn.Module):
-    """Compute teacher's and student's features of a batch, with one set of frozen layers for both.
-
-    DDP wraps and Adam updates `student_stem`, the student's own modules; the rest is folded copies.
+    Each maps a batch (B, 3, H, W) to a dict of four feature maps (B, C_j, H_j, W_j), with 256,
+    512, 1024 and 2048 channels at strides 4, 8, 16 and 32, as backbone.body itself does. The
+    student's holds the student's own trainable conv1 and layer1; layer2 to layer4 are one frozen,
+    folded copy for both.
+    bf16: whether the frozen layers become bfloat16, for use under torch.autocast.
     """
-    def __init__(self, teacher: nn.Module, student: nn.Module, bf16: bool = False) -> None:
-        super().__init__()
-        self.bf16 = bf16
-        folded, body = fold_frozen_bn(teacher.backbone.body), student.backbone.body
-        self.teacher_stem = nn.Sequential(*(folded[name] for name in (*STEM, "layer1")))
-        self.student_stem: nn.Module = nn.Sequential(*(body[name] for name in (*STEM, "layer1")))
-        self.shared_layers = nn.ModuleList(folded[name] for name in DISTILLED[1:])
-        if bf16:  # once, not at each use, as autocast would
-            self.teacher_stem.to(torch.bfloat16), self.shared_layers.to(torch.bfloat16)
+    teacher_body = fold_frozen_bn(teacher.backbone.body)
+    if bf16:
+        teacher_body.to(torch.bfloat16)  # once; autocast would cast them in every step
 
-    def forward(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """From (B, 3, H, W), normalised and padded, to both's four (B, C_j, H_j, W_j), 256 to 2048
-        channels at strides 4 to 32: the student's, then the teacher's."""
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
-            with torch.no_grad():
-                teacher_maps = maps_from(self.teacher_stem(batch), self.shared_layers)
-            return maps_from(self.student_stem(batch), self.shared_layers), teacher_maps
+    layers = dict(student.backbone.body.items())
+    for name in ("layer2", "layer3", "layer4"):
+        layers[name] = teacher_body[name]
+    student_body = IntermediateLayerGetter(
+        nn.ModuleDict(layers), student.backbone.body.return_layers)
+    return student_body, teacher_body
 
-# ---- detection, whole or in two halves -----------------------------------------------------------
-def detect(detector: nn.Module, image: Tensor) -> Found:
-    """Run a detector on a float image (3, h, w) in [0, 1], but for transform.postprocess: return
-    boxes (N, 4) x0 y0 x1 y1 in the resized image, labels (N,), scores (N,), masks (N, 1, 28, 28)
-    in [0, 1] of a Mask R-CNN, and (h, w) of the resized and of the original image."""
-    images, _ = detector.transform([image])
-    found = detect_from(detector, detector.backbone.body(images.tensors), images)
-    return found, images.image_sizes[0], tuple(image.shape[1:])
-
-
-def detect_from(detector: nn.Module, maps: dict[str, Tensor], images: ImageList) -> dict:
-    """Go from the body's maps of an image to detections, as torchvision's GeneralizedRCNN does."""
-    features = detector.backbone.fpn(maps)
-    proposals, _ = detector.rpn(images, features)  # of images, only the sizes are read
-    return detector.roi_heads(features, proposals, images.image_sizes)[0][0]
-
-
-def quantise(x: Tensor, bits: int) -> tuple[Tensor, float, int]:
-    """Return what is sent for x, of any shape, its scale and its zero point; restore takes these.
-
-    32, 16: floats. 1 to 8: scale = (max - min) / (2^bits - 1), zero = int(-min / scale), q = round(
-    zero + x / scale), both clamped to 2^bits values (Jacob et al., CVPR 2018; torchdistill's
-    quantize_tensor bit for bit, but that constants are kept).
-    """
-    if bits > 8:
-        return x.to(DTYPES[bits]), 1.0, 0
-    low, top = x.min(), 2**bits - 1
-    scale = (x.max() - low) / top
-    if scale == 0:
-        scale = low.abs() if low != 0 else torch.ones_like(low)
-    zero = int((-low / scale).clamp(0, top))
-    return (zero + x / scale).clamp(0, top).round().byte(), scale.item(), zero
-
-
-def restore(q: Tensor, scale: float, zero: int) -> Tensor:
-    """Undo quantise, in float32 (torchdistill's dequantize_tensor)."""
-    return scale * (q.float() - zero)
-
-
-def split(student: nn.Module, bits: int = 8) -> tuple["Head", "Tail"]:
-    """Return head(image) -> bytes and tail(bytes) -> detections, as of layer1.bits = bits."""
-    return Head(student, bits), Tail(student)
-
-
-def raw_size(payload: bytes) -> int:
-    """Return how many bytes a payload's values are when unzipped, as its header says."""
-    _, bits, channels, *_, h, w, _, _ = HEADER.unpack_from(payload)
-    return channels * (h // 4 + 4) * (w // 4 + 4) * DTYPES.get(bits, torch.uint8).itemsize
-
-
-class Head(nn.Module):
-    """The device's part; `network` maps (B, 3, H, W) to (B, channels, H / 4 + 4, W / 4 + 4)."""
-    def __init__(self, student: nn.Module, bits: int) -> None:
-        super().__init__()
-        body = student.backbone.body
-        self.transform, self.bits = student.transform, bits
-        self.network = nn.Sequential(*(body[name] for name in STEM), body["layer1"].encoder)
-
-    @torch.inference_mode()
-    def forward(self, image: Tensor) -> bytes:
-        """image: (3, h, w) float in [0, 1]. Returns HEADER and, zipped, the quantised values."""
-        images, _ = self.transform([image])
-        values, scale, zero = quantise(self.network(images.tensors)[0], self.bits)
-        header = HEADER.pack(VERSION, self.bits, len(values), *image.shape[1:],
-                             *images.image_sizes[0], *images.tensors.shape[2:], scale, zero)
-        zipper = zlib.compressobj(zdict=header)  # so that unzipping also checks the header
-        return header + zipper.compress(values.cpu().contiguous().numpy()) + zipper.flush()
-
-
-class Tail(nn.Module):
-    """The server's part."""
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student, self.body = student, student.backbone.body
-
-    def forward(self, payload: bytes) -> dict[str, Tensor]:
-        """Return detections as torchvision's detector does. Raises ValueError for a bad payload."""
-        found, resized, original = self.detect(payload)
-        return self.student.transform.postprocess([found], [resized], [original])[0]
-
-    @torch.inference_mode()
-    def detect(self, payload: bytes) -> Found:
-        """Return what models.detect does. Raises ValueError for a bad payload."""
-        decoder = self.body["layer1"].decoder
-        try:
-            version, bits, channels, *sizes, scale, zero = HEADER.unpack_from(payload)
-            original, resized, padded = zip(sizes[::2], sizes[1::2])
-            if ((version, channels) != (VERSION, decoder[0].num_features) or min(sizes) < 1
-                    or bits not in (*range(1, 9), *DTYPES) or not abs(scale) < float("inf")
-                    or max(padded) > self.student.transform.max_size + 31 or max(original) > 2**14
-                    or any(r > p or p % 32 for r, p in zip(resized, padded))):
-                raise ValueError("its header is of another version or another student")
-            unzipper = zlib.decompressobj(zdict=payload[:HEADER.size])
-            values = unzipper.decompress(payload[HEADER.size:], raw_size(payload) + 1)
-            if len(values) != raw_size(payload) or not unzipper.eof or unzipper.unused_data:
-                raise ValueError("it holds less or more than its header says")
-        except (ValueError, struct.error, zlib.error) as error:
-            raise ValueError(f"the payload was refused: {error}") from error
-        values = torch.frombuffer(bytearray(values), dtype=DTYPES.get(bits, torch.uint8))
-        values = values.view(1, channels, padded[0] // 4 + 4, -1).to(decoder[2].weight.device)
-        layers = (self.body[name] for name in DISTILLED[1:])
-        maps = dict(zip("0123", maps_from(decoder(restore(values, scale, zero)), layers)))
-        images = ImageList(torch.empty(1, 3, *padded, device="meta"), [resized])
-        return detect_from(self.student, maps, images), resized, original
 
 # ---- checkpoint files ----------------------------------------------------------------------------
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the block raises where a path cannot be written into an OSError that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint: at every moment the file is either the old one or the whole new one."""
-    part = path.with_name(f".{path.name}.part")
+    """Write a checkpoint so that at every moment the file is the old one or the whole new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with writing(path), part.open("wb") as file:
+        with part.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(part, path)
+        part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)  # it is there only if an error was raised
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running anything that is in it.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without running any code that is in it.
 
-    Besides tensors, a Namespace, a Counter, a numpy float64 are safe, as in torchdistill's files.
-    Raises FileNotFoundError or, if it is broken or refused, ValueError.
+    Besides tensors and plain Python objects, torchdistill's files hold an argparse.Namespace and a
+    numpy float64, harmless types that torch.load's safe mode refuses unless they are listed.
+    Raises InputError if the file is not there, is damaged, or holds any other type.
     """
-    scalar = np.float64(0).__reduce__()[0]  # numpy's own name for it has moved, old files have both
-    allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)),
-               (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} is not there")
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} is not there")
+    # A numpy float64 is pickled as a call of a function named scalar, with a dtype.
+    scalar, _ = np.float64(0).__reduce__()
+    safe_types = [
+        argparse.Namespace, np.dtype, type(np.dtype(np.float64)),
+        (scalar, "numpy.core.multiarray.scalar"),   # the function's name before numpy 2
+        (scalar, "numpy._core.multiarray.scalar"),  # and since
+    ]
     try:
-        entries = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
-        if sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
-            raise ValueError("it would unpack to more than it is")  # torch.save never compresses
-        with torch.serialization.safe_globals(allowed):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # as many kinds as there are kinds of damage
-        raise ValueError(f"{path} was refused: it is damaged, holds no dict of weights, or holds "
-                         f"code, which is never run ({str(error).split('.')[0]})") from error
+        with torch.serialization.safe_globals(safe_types):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each kind of damage raises an exception of its own
+        reason = " ".join(str(error).split())
+        raise InputError(f"checkpoint {path} was refused: it is damaged, or holds code, which is "
+                         f"never run ({type(error).__name__}: {reason})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {path} was refused: it holds no dict")
+    return content
 
 
-def detector_state(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """Return a checkpoint's state dict, "model" or itself. Raises ValueError if there is none."""
+def detector_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a checkpoint: under "model" or, if there is none, the whole.
+
+    Key parts that DistributedDataParallel ("module") and torch.compile ("_orig_mod") add are left
+    out. Raises InputError, naming the path, if there is no detector's state dict.
+    """
     state = content.get("model", content)
-    if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise ValueError(f"{path} holds no state dict, neither under 'model' nor by itself")
-    if any(key.startswith("seq.") for key in state):
-        raise ValueError(f"{path} holds torchdistill's training wrapper (keys seq.backbone...), "
-                         "which has no RPN and heads, so no detector can be made of it")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise InputError(f"{path} holds no state dict, neither under 'model' nor by itself")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"{path} holds no state dict: {key!r} is no tensor")
+        if key.startswith("seq."):
+            raise InputError(f"{path} holds torchdistill's training wrapper (keys like {key}), "
+                             "which has no RPN and no heads, so no detector can be made of it")
+    wrappers = ("module", "_orig_mod")
+    return {".".join(part for part in key.split(".") if part not in wrappers): value
+            for key, value in state.items()}
 
 
-def load_weights(detector: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load strictly, by the modules, which know torchvision 0.7's keys too, or raise ValueError."""
+def load_weights(detector: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load a state dict strictly, or raise an InputError that names the path and what is wrong."""
     try:
-        detector.load_state_dict(state)
+        detector.load_state_dict(state)  # torchvision's modules rename the keys of 2020 themselves
     except RuntimeError as error:
-        reason = " ".join(" ".join(str(error).splitlines()[1:]).split())[:300]
-        raise ValueError(f"{path} does not fit {type(detector).__name__}: {reason}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} does not fit: {textwrap.shorten(reason, 600)}") from error
+    check_finite(detector.state_dict(), path)
+    for name, module in detector.named_modules():
+        if isinstance(module, FrozenBatchNorm2d) and not (module.running_var > 0).all():
+            raise InputError(f"{path} is spoilt: {name} divides by a variance that is not above 0 "
+                             "(a teacher that was trained with eps 1e-5 needs --teacher-eps 1e-5)")
+
+
+def check_finite(state: dict[str, Tensor], path: Path) -> None:
+    """Raise an InputError that names the path and the key if a value is infinite or NaN."""
     for key, value in state.items():
         if not value.isfinite().all():
-            raise ValueError(f"{path} is spoilt: {key} has values that are not finite")
+            raise InputError(f"{path} is spoilt: {key} has values that are not finite")
 
 
-def load_student(path: str | Path, min_size: int = 800,
-                 max_size: int = 1333) -> tuple[nn.Module, str]:
-    """Return the student that a checkpoint holds, in eval mode, and its arch, told by its keys."""
+def load_student(
+    path: Path, min_size: int = 800, max_size: int = 1333
+) -> tuple[nn.Module, str]:
+    """Return the student that a checkpoint holds, in eval mode, and its arch, told by its keys.
+
+    Raises InputError if the file cannot be read or holds no student.
+    """
     state = detector_state(load_checkpoint(path), path)
-    narrowest = state.get("backbone.body.layer1.encoder.7.weight", torch.empty(0))
-    if narrowest.shape[1:] != (64, 2, 2) or len(narrowest) > 2**16:
-        raise ValueError(f"{path} holds no student: it has no bottleneck in backbone.body.layer1")
-    arch = "maskrcnn" if any("roi_heads.mask_head." in key for key in state) else "fasterrcnn"
-    classes = len(state.get(CLASSES, "no"))  # what is missing is told below
-    student = build_student(build_detector(arch, min_size, max_size, classes), len(narrowest))
+    for key in (NARROWEST, CLASS_SCORES):
+        if key not in state:
+            raise InputError(f"{path} holds no student: it has no {key}")
+    has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
+    arch = "maskrcnn" if has_masks else "fasterrcnn"
+    detector = build_detector(arch, min_size, max_size, classes=len(state[CLASS_SCORES]))
+    student = build_student(detector, bottleneck_channels=len(state[NARROWEST]))
     load_weights(student, state, path)
     return student, arch
 
-# ---- a teacher without downloads -----------------------------------------------------------------
-@torch.no_grad()
-def random_teacher(arch: str, images: list[Tensor], seed: int = 0, min_size: int = 800,
-                   max_size: int = 1333) -> nn.Module:
-    """Build a seeded random detector; images, (3, h, w) in [0, 1], are to scale its features by."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        detector = build_detector(arch, min_size, max_size)
-    for name, norm in detector.backbone.body.named_modules():
-        if name.endswith(".bn3"):
-            norm.weight.fill_(0.1)  # weak residual branches, as trained ones are
 
-    def calibrate(norm: FrozenBatchNorm2d, inputs: tuple[Tensor]) -> None:
-        norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
-        norm.running_var.copy_(inputs[0].var((0, 2, 3)).clamp(min=1e-6))
+# ---- split computing: head, bytes, tail ----------------------------------------------------------
 
-    def spread(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
-        scores = nn.functional.linear(inputs[0], linear.weight)  # (RoIs, 91)
-        linear.weight.mul_(3 / (scores - scores.mean(0)).std())
-        linear.bias.copy_(-nn.functional.linear(inputs[0], linear.weight).mean(0))
-        linear.bias[3:] -= 20
 
-    hooks = [m.register_forward_pre_hook(calibrate) for m in detector.modules()
-             if isinstance(m, FrozenBatchNorm2d)]
-    hooks.append(detector.roi_heads.box_predictor.cls_score.register_forward_pre_hook(spread))
-    detector(images)
-    for hook in hooks:
-        hook.remove()
-    return detector
+class Header(NamedTuple):
+    """What a payload starts with, packed as HEADER_FORMAT says; sizes are in pixels."""
+
+    magic: bytes
+    bits: int            # for each value: 32 and 16 are floats, 1 to 8 are quantized
+    image_height: int    # of the image that the head was given
+    image_width: int
+    resized_height: int  # of what the detector's transform made of it, before padding
+    resized_width: int
+    scale: float         # of the quantizer
+    zero_point: int
+
+
+HEADER_FORMAT = struct.Struct("<4sB4IfB")
+MAGIC = b"GHND"
+DTYPES = {32: torch.float32, 16: torch.float16} | dict.fromkeys(range(1, 9), torch.uint8)
+
+
+def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, which has x's shape, and two scalars: x is about scale * (q - zero_point).
+
+    bits: 32 and 16 give floats; 1 to 8 give uint8 values from 0 to 2^bits - 1, by Jacob et al.
+        (CVPR 2018). These are torchdistill's quantize_tensor bit for bit, also where x is all
+        positive or all negative and the clamped zero_point cuts its range; except that a constant
+        x, for which that divides by zero, is kept exactly.
+    There are only tensor operations here, so that torch.export can follow.
+    """
+    if bits > 8:
+        return x.to(DTYPES[bits]), x.new_ones(()), x.new_zeros(())
+    top = 2**bits - 1
+    low = x.min()
+    scale = (x.max() - low) / top
+    # With |x| as the scale of a constant x, q - zero_point is 1 or -1, and exactly x comes back.
+    if_constant = torch.where(low == 0, torch.ones_like(low), low.abs())
+    scale = torch.where(scale == 0, if_constant, scale)
+    zero_point = (-low / scale).clamp(0, top).trunc()
+    q = (zero_point + x / scale).clamp(0, top).round().to(torch.uint8)
+    return q, scale, zero_point
+
+
+def dequantize(q: Tensor, scale: Tensor | float, zero_point: Tensor | int) -> Tensor:
+    """Return float32 scale * (q - zero point), as torchdistill's dequantize_tensor does."""
+    return scale * (q.float() - zero_point)
+
+
+def split(student: nn.Module, bits: int = 8) -> tuple["Head", "Tail"]:
+    """Return the device's and the server's half of a student: bytes go from one to the other."""
+    return Head(student, bits), Tail(student)
+
+
+class Head(nn.Module):
+    """The half of a student that runs on the device: conv1 to the encoder, and the quantizer."""
+
+    def __init__(self, student: nn.Module, bits: int = 8) -> None:
+        super().__init__()
+        body = student.backbone.body
+        self.bits = bits
+        self.transform = student.transform
+        self.network = nn.Sequential(
+            body.conv1, body.bn1, body.relu, body.maxpool, body.layer1.encoder)
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return quantize's q (1, channels, H / 4 + 4, W / 4 + 4), scale and zero point.
+
+        batch: (1, 3, H, W), one image, normalised, resized and padded as the transform does.
+        """
+        return quantize(self.network(batch), self.bits)
+
+    @torch.inference_mode()
+    def compress(self, image: Tensor) -> bytes:
+        """Return the payload for an image (3, h, w), float in [0, 1]: Header and zipped values."""
+        images, _ = self.transform([image])
+        q, scale, zero_point = self(images.tensors)
+        _, image_height, image_width = image.shape
+        [(resized_height, resized_width)] = images.image_sizes
+        header = Header(
+            magic=MAGIC, bits=self.bits, image_height=image_height, image_width=image_width,
+            resized_height=resized_height, resized_width=resized_width, scale=scale.item(),
+            zero_point=int(zero_point))
+        return HEADER_FORMAT.pack(*header) + zlib.compress(q.cpu().contiguous().numpy())
+
+
+class Tail(nn.Module):
+    """The half of a student that runs on the server: decoder, layer2 to layer4, FPN, RPN, heads."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    @torch.inference_mode()
+    def detect(self, payload: bytes) -> dict[str, Tensor]:
+        """Return torchvision's detections for a payload: boxes, labels, scores[, masks].
+
+        Raises InputError if the payload is not a whole one of a student like this. Masks are as
+        large as the image was, by what the payload says: its sender decides on their memory.
+        """
+        body = self.student.backbone.body
+        transform = self.student.transform
+        header, q = unpack(payload, body.layer1.channels, transform.max_size)
+        q = q.to(body.conv1.weight.device)
+        x = body.layer1.decoder(dequantize(q, header.scale, header.zero_point))
+        maps = {"0": x}
+        for name, layer in (("1", body.layer2), ("2", body.layer3), ("3", body.layer4)):
+            x = layer(x)
+            maps[name] = x
+
+        # From here on as in torchvision's GeneralizedRCNN.forward, where the RPN and the heads
+        # need the padded batch for its size alone.
+        features = self.student.backbone.fpn(maps)
+        resized = (header.resized_height, header.resized_width)
+        padded = torch.empty(1, 3, *padded_size(*resized), device="meta")
+        proposals, _ = self.student.rpn(ImageList(padded, [resized]), features)
+        detections, _ = self.student.roi_heads(features, proposals, [resized])
+        image_size = (header.image_height, header.image_width)
+        return transform.postprocess(detections, [resized], [image_size])[0]
+
+
+def padded_size(height: int, width: int) -> tuple[int, int]:
+    """Return the size to which torchvision's detectors pad a resized image: multiples of 32."""
+    return 32 * math.ceil(height / 32), 32 * math.ceil(width / 32)
+
+
+def unpack(payload: bytes, channels: int, max_size: int) -> tuple[Header, Tensor]:
+    """Return a payload's header and its values, (1, channels, H / 4 + 4, W / 4 + 4).
+
+    max_size: the longer side of a resized image at most; so it bounds what is unzipped.
+    Raises InputError for a payload that is cut off, damaged, of another student, or none at all.
+    """
+    if len(payload) < HEADER_FORMAT.size:
+        raise InputError(f"payload refused: it has {len(payload)} bytes, less than a header")
+    header = Header._make(HEADER_FORMAT.unpack_from(payload))
+    if header.magic != MAGIC:
+        raise InputError(f"payload refused: it starts with {header.magic!r}, not {MAGIC!r}")
+    if header.bits not in DTYPES:
+        raise InputError(f"payload refused: its values have {header.bits} bits")
+    if not math.isfinite(header.scale):
+        raise InputError(f"payload refused: its scale is {header.scale}")
+    if min(header.image_height, header.image_width) < 1:
+        raise InputError(f"payload refused: its image has no pixels ({header})")
+    if min(header.resized_height, header.resized_width) < 1:
+        raise InputError(f"payload refused: its resized image has no pixels ({header})")
+    if max(header.resized_height, header.resized_width) > max_size:
+        raise InputError(f"payload refused: its resized image is larger than {max_size} ({header})")
+
+    dtype = DTYPES[header.bits]
+    padded_height, padded_width = padded_size(header.resized_height, header.resized_width)
+    shape = (1, channels, padded_height // 4 + 4, padded_width // 4 + 4)
+    size = math.prod(shape) * dtype.itemsize
+    unzipper = zlib.decompressobj()
+    try:
+        values = unzipper.decompress(payload[HEADER_FORMAT.size:], max_length=size + 1)
+    except zlib.error as error:
+        raise InputError(f"payload refused: its values cannot be unzipped ({error})") from error
+    if len(values) != size:
+        raise InputError(f"payload refused: it holds {len(values)} bytes of values, not {size}")
+    if not unzipper.eof or unzipper.unused_data:
+        raise InputError("payload refused: it is cut off, or goes on after its end")
+    return header, torch.frombuffer(bytearray(values), dtype=dtype).view(shape)

@@ -1,349 +1,533 @@
-"""Train a bottleneck-injected detector by head network distillation, validate, save and test it.
+"""Train a student by Generalized Head Network Distillation; validate, save and test it.
 
-    torchrun --nproc_per_node=3 train.py --arch maskrcnn     # any number of GPUs that divides 12
-    python train.py --demo                                   # no GPU, no data, no downloads
+    torchrun --nproc_per_node=3 train.py --arch maskrcnn
+
+runs one of the two published experiments on any number of GPUs that divides 12. From Python,
+run_experiment does the same with any Experiment.
 """
 
 import argparse
-import contextlib
-import fcntl
 import json
-import logging
-import os
-import signal
-import sys
+import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import MultiStepLR
+from torch.utils.data import DataLoader
 
 import data
 import distributed
 import evaluate
 import losses
 import models
-from distributed import log
-
+from distributed import InputError, log
 
 # ---- the recipe ----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the results table, with every number of its recipe."""
-    arch: str                            # "fasterrcnn" or "maskrcnn", for teacher and student
-    published_loss: tuple[float, ...]    # mean over each epoch's first 9,001 steps
-    published_box_map: dict[int, float]  # after the epochs that bettered it, counted from 0
-    bottleneck_channels: int = 3         # channels that cross the split point
+    """One row of the results table, with every number that its training depends on."""
+
+    arch: str                            # "fasterrcnn" or "maskrcnn"
+    bottleneck_channels: int = 3         # channels that are sent
+    layer_weights: tuple[float, ...] = (1, 1, 1, 1)  # of the loss's terms; HND is (1, 0, 0, 0)
     epochs: int = 20
     images_per_step: int = 12            # over all processes and micro-batches together
-    reference_batch: int = 4             # a GPU's images in 2020: loss and gradient are of so many
-    lr: float = 1e-3                     # Adam, no weight decay; for any number of processes
-    lr_drops: tuple[int, ...] = (5, 15)  # from these epochs on (counted from 0), ...
-    lr_drop_factor: float = 0.1          # ... lr is this many times what it was
-    min_size: int = 800                  # pixels, shorter side after resizing
-    max_size: int = 1333                 # pixels, longer side at most
-    layer_weights: tuple[float, ...] = (1, 1, 1, 1)  # of the loss's terms; HND is (1, 0, 0, 0)
-    seed: int = 0                        # layer1's initial values, order of the images, flips
+    reference_batch: int = 4             # images that the loss is scaled to, as on a GPU of 2020
+    lr: float = 1e-3                     # Adam, for any number of processes; no weight decay
+    lr_drops: tuple[int, ...] = (5, 15)  # epochs, counted from 0, at whose start lr is ...
+    lr_drop_factor: float = 0.1          # ... multiplied by this
+    min_size: int = 800                  # pixels: shorter side after resizing
+    max_size: int = 1333                 # pixels: longer side at most, which may shrink the shorter
+    seed: int = 0                        # of layer1's initial values, the images' order, the flips
 
 
-# Both: arXiv 2011.12913, torchdistill's rrpr2020 configurations and the logs beside them.
-FASTERRCNN = Experiment("fasterrcnn", published_loss=(
-    2.337e6, 1.174e6, 1.094e6, 1.054e6, 1.027e6, 0.982e6, 0.975e6, 0.972e6, 0.968e6, 0.967e6,
-    0.962e6, 0.961e6, 0.957e6, 0.957e6, 0.954e6, 0.947e6, 0.948e6, 0.946e6, 0.950e6, 0.947e6),
-    published_box_map={
-        0: 0.3519, 1: 0.3545, 3: 0.3549, 4: 0.3558, 5: 0.3578, 6: 0.3579, 11: 0.3586})
-MASKRCNN = Experiment("maskrcnn", published_loss=(
-    2.499e6, 1.482e6, 1.392e6, 1.398e6, 1.286e6, 1.256e6, 1.210e6, 1.202e6, 1.195e6, 1.191e6,
-    1.184e6, 1.184e6, 1.174e6, 1.174e6, 1.171e6, 1.161e6, 1.161e6, 1.158e6, 1.165e6, 1.159e6),
-    published_box_map={0: 0.3601, 1: 0.3659, 5: 0.3684, 8: 0.3690, 10: 0.3691})
+FASTERRCNN = Experiment("fasterrcnn")
+MASKRCNN = Experiment("maskrcnn")
 EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
-BEST = "coco2017-custom_{0}_resnet_fpn_from_{0}_resnet50_fpn.pt"  # as torchdistill's
-FILES = (BEST, "{0}/last.pt", "{0}/metrics.jsonl")
-TRAINED = ("backbone.body.conv1.", "backbone.body.layer1.")  # keys of all that training changes
+
+# The published runs, epoch by epoch: the mean loss, and the box AP where it was better than in all
+# epochs before. The loss is the mean of an epoch's first 9,001 steps, the last that the logs give.
+# Source: the logs beside torchdistill's rrpr2020 configurations (arXiv 2011.12913).
+PUBLISHED = {
+    "fasterrcnn": (
+        (2.337e6, 0.3519), (1.174e6, 0.3545), (1.094e6, None), (1.054e6, 0.3549),
+        (1.027e6, 0.3558), (0.982e6, 0.3578), (0.975e6, 0.3579), (0.972e6, None),
+        (0.968e6, None), (0.967e6, None), (0.962e6, None), (0.961e6, 0.3586),
+        (0.957e6, None), (0.957e6, None), (0.954e6, None), (0.947e6, None),
+        (0.948e6, None), (0.946e6, None), (0.950e6, None), (0.947e6, None),
+    ),
+    "maskrcnn": (
+        (2.499e6, 0.3601), (1.482e6, 0.3659), (1.392e6, None), (1.398e6, None),
+        (1.286e6, None), (1.256e6, 0.3684), (1.210e6, None), (1.202e6, None),
+        (1.195e6, 0.3690), (1.191e6, None), (1.184e6, 0.3691), (1.184e6, None),
+        (1.174e6, None), (1.174e6, None), (1.171e6, None), (1.161e6, None),
+        (1.161e6, None), (1.158e6, None), (1.165e6, None), (1.159e6, None),
+    ),
+}
 
 
-def build_optimizer(stem: nn.Module, recipe: Experiment) -> tuple[torch.optim.Adam, MultiStepLR]:
-    """Return Adam over conv1 and layer1, and its schedule, which is to be stepped once an epoch."""
-    optimizer = torch.optim.Adam([p for p in stem.parameters() if p.requires_grad], recipe.lr)
-    return optimizer, MultiStepLR(optimizer, recipe.lr_drops, recipe.lr_drop_factor)
-
-# ---- the loop ------------------------------------------------------------------------------------
-@dataclass
-class Progress:
-    """How far a run is: all that its checkpoints hold of it besides weights and optimizer."""
-    epoch: int = 0                   # that is being trained or validated, counted from 0
-    step: int = 0                    # steps of it that are done
-    loss_sum: float = 0.0            # over these
-    best_box_map: float = float("-inf")
+def build_optimizer(
+    student: nn.Module, experiment: Experiment
+) -> tuple[torch.optim.Adam, MultiStepLR]:
+    """Return Adam over the trainable parameters, and a schedule to be stepped after each epoch."""
+    trainable = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, experiment.lr)
+    scheduler = MultiStepLR(optimizer, experiment.lr_drops, experiment.lr_drop_factor)
+    return optimizer, scheduler
 
 
-def train(
-    experiment: Experiment, distiller: models.Distiller, transform: nn.Module, loader: Iterable,
-    optimizer: torch.optim.Optimizer, progress: Progress, report: Callable[..., None],
-    log_every: int = 100, save_every: int = 2000,
-) -> None:
-    """Train to the end of the epoch, the next save or a signal, progress moving along with reports.
+def share_step(images_per_step: int, processes: int) -> tuple[int, int]:
+    """Return (images in a micro-batch, micro-batches that a process accumulates in a step).
 
-    transform: the detector's. loader: lists of uint8 (3, h, w). Raises FloatingPointError, alike.
+    A micro-batch has at most 4 images. It is what BatchNorm sees: on 1 or 3 processes, 4 images,
+    as in the original.
+    Raises InputError if the processes cannot share a step evenly.
     """
-    stem, sampler, epoch = distiller.student_stem, loader.batch_sampler, progress.epoch
-    device, processes = next(stem.parameters()).device, distributed.world_size()
-    accumulation = experiment.images_per_step // (processes * sampler.batch_size)
-    steps = len(loader) // accumulation
-    # the loss of a step is (sum over its 12 images) / 3, and DDP averages over the processes
-    scale = experiment.reference_batch / experiment.images_per_step
-    sums = torch.zeros(3, len(models.DISTILLED), dtype=torch.float64, device=device)
-    sampler.epoch, sampler.skip = epoch, progress.step * accumulation
-    batches, waited, begin = iter(loader), 0.0, time.perf_counter()
-    stem.train()
-    for step in range(progress.step + 1, steps + 1):
-        optimizer.zero_grad(set_to_none=True)
-        for micro_step in range(1, accumulation + 1):
-            asked = time.perf_counter()
-            images = next(batches)
-            waited += time.perf_counter() - asked
-            images = [image.to(device, non_blocking=True) / 255 for image in images]
-            batch = transform(images)[0].tensors  # (B, 3, H, W): normalised, resized, padded, once
-            batch = batch.contiguous(memory_format=models.memory_format(device))
-            syncs = processes == 1 or micro_step == accumulation
-            with contextlib.nullcontext() if syncs else stem.no_sync():
-                maps, wanted = distiller(batch)  # the student's and the teacher's
-                loss, errors = losses.ghnd_loss(maps, wanted, experiment.layer_weights)
-                (loss * scale * processes).backward()
-            sums[:2] += torch.stack([errors, losses.squared_norms(wanted)])
-            del maps, wanted  # or they would stay until the next batch has its own
-        optimizer.step()
-        pausing = distributed.noted_signal() or step == steps or step % save_every == 0
-        if pausing or step % log_every == 0:  # the only place that waits for the device
-            weights = [value for value in stem.state_dict().values() if value.is_floating_point()]
-            sums[2] = nn.utils.get_total_norm(weights)  # finite if all weights are
-            totals, count = distributed.sum_over_processes(sums), step - progress.step
-            loss = (totals[0] @ totals.new_tensor(experiment.layer_weights)).item() * scale / count
-            if not totals.isfinite().all():
-                raise FloatingPointError(f"loss ({loss:.4e}) or weights are no longer finite at "
-                                         f"epoch {epoch}, step {step}; none was saved")
-            seconds = (time.perf_counter() - begin) / count
-            report(kind="step", epoch=epoch, step=step, steps=steps, loss=loss,
-                   relative_errors=(totals[0] / totals[1]).tolist(),
-                   lr=optimizer.param_groups[0]["lr"], data_wait=waited / count / seconds,
-                   images_per_second=experiment.images_per_step / seconds,
-                   gpu_memory_mib=torch.cuda.max_memory_allocated() / 2**20,
-                   hours_left=seconds / 3600 * (steps * (experiment.epochs - epoch) - step))
-            progress.step, progress.loss_sum = step, progress.loss_sum + loss * count
-            sums.zero_()
-            waited, begin = 0.0, time.perf_counter()
-        if pausing:
+    share, rest = divmod(images_per_step, processes)
+    if rest:
+        raise InputError(f"{processes} processes cannot share {images_per_step} images a step "
+                         "evenly; change --nproc_per_node or --images-per-step")
+    micro_batch = max(size for size in (1, 2, 3, 4) if share % size == 0)
+    return micro_batch, share // micro_batch
+
+
+# ---- what a checkpoint holds ---------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """All that training changes: weights, optimizer, schedule, and how far it has come."""
+
+    student: nn.Module
+    optimizer: torch.optim.Adam
+    scheduler: MultiStepLR
+    epoch: int = 0         # that is being trained or validated, counted from 0
+    step: int = 0          # steps of this epoch that are done
+    loss_sum: float = 0.0  # over these steps
+    best_box_ap: float = -math.inf
+
+    def save(self, path: Path, config: dict[str, Any]) -> None:
+        """Write a checkpoint, on the main process. Raises InputError, and writes nothing, if a
+        weight is not finite."""
+        if distributed.rank() > 0:
             return
+        weights = self.student.state_dict()
+        models.check_finite(weights, path)
+        progress = {"epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum,
+                    "best_box_map": self.best_box_ap}
+        models.save_checkpoint({
+            "model": weights,  # from here to "args": the entries of torchdistill's files
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "best_value": self.best_box_ap,
+            "config": config,
+            "args": None,
+            "progress": progress,
+        }, path)
 
-# ---- the run -------------------------------------------------------------------------------------
-def parse_args() -> tuple[argparse.Namespace, Experiment]:
-    """Read the command line; return it and the experiment that it asks for."""
-    parser = argparse.ArgumentParser(usage=evaluate.USAGE, description="Train a GHND student.")
-    count = partial(flag := parser.add_argument, type=evaluate.positive, metavar="N")
-    flag("--arch", choices=EXPERIMENTS, help="which experiment to run; needed unless --demo")
-    flag("--demo", action="store_true", help="a small run without data, in demo/ or --output-dir")
-    evaluate.add_common_flags(parser)
-    flag("--output-dir", type=evaluate.path, metavar="DIR", default="coco/ghnd",
-         help="folder for the best checkpoint, last.pt and logs (%(default)s)")
-    either = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
-    either("--resume", help="continue from last.pt, if there is one")
-    either("--overwrite", help="replace the checkpoints of another run")
-    count("--save-every", default=2000, help="write last.pt after so many steps too (%(default)s)")
-    count("--log-every", default=100, help="print a line after so many steps (%(default)s)")
-    count("--limit-train", help="use only the first N images of train2017")
-    flag("--amp", choices=["bf16"], help="run the networks in bfloat16, the loss in float32")
-    flag("--seed", type=int, metavar="N", help="of layer1, order and flips, instead of 0")
-    count("--epochs", help="how many to train, instead of 20")
-    count("--bottleneck-channels", help="how many to send, instead of 3")
-    count("--images-per-step", help="on all processes together, instead of 12")
-    parser.set_defaults(min_size=None, max_size=None)  # the experiment's
-    args = parser.parse_args()
-    if args.demo:
-        parser.set_defaults(arch="fasterrcnn", output_dir="demo", min_size=128, max_size=224,
-                            epochs=5, log_every=1, workers=1)
-        args = parser.parse_args()
-        args.overwrite = not args.resume  # it is made for being overwritten
-        args.data_dir = args.output_dir / "coco"
-        args.teacher_ckpt = args.output_dir / f"teacher_{args.arch}.pt"
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun repeats its command
-        args.resume, args.overwrite = True, False
-    if args.arch is None:
-        parser.error("--arch fasterrcnn or --arch maskrcnn is needed")
-    given = {key: value for key, value in vars(args).items()
-             if key in Experiment.__annotations__ and value is not None}
-    experiment = replace(EXPERIMENTS[args.arch], **given)
-    if experiment.images_per_step % distributed.world_size():
-        parser.error(f"{distributed.world_size()} processes cannot share "
-                     f"{experiment.images_per_step} images a step evenly")
-    return args, experiment
+    def load(self, content: dict[str, Any], path: Path) -> None:
+        """Take up the run whose checkpoint this is. Raises InputError if the teacher is another."""
+        state = models.detector_state(content, path)
+        trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
+        for name, value in self.student.state_dict().items():
+            # Training also changes layer1's BatchNorm buffers, which are no parameters.
+            is_frozen = name not in trained and not name.startswith("backbone.body.layer1.")
+            if is_frozen and name in state and not torch.equal(value.cpu(), state[name]):
+                raise InputError(f"{path} belongs to another teacher, with another {name}; resume "
+                                 "with the same --teacher-ckpt")
+        models.load_weights(self.student, state, path)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["lr_scheduler"])
+        self.epoch = content["progress"]["epoch"]
+        self.step = content["progress"]["step"]
+        self.loss_sum = content["progress"]["loss_sum"]
+        self.best_box_ap = content["best_value"]
 
-
-def prepare_demo(args: argparse.Namespace) -> None:
-    """Draw the demo's images and make its teacher, if an earlier demo has not done it."""
-    if not args.teacher_ckpt.exists():
-        data.write_demo_dataset(args.data_dir)
-        files = sorted((args.data_dir / "train2017").iterdir())[:8]
-        images = [data.read_image(file) / 255 for file in files]
-        teacher = models.random_teacher(args.arch, images, 0, args.min_size, args.max_size)
-        models.save_checkpoint(teacher.state_dict(), args.teacher_ckpt)
+    def start_next_epoch(self) -> None:
+        """Move on after validation; MultiStepLR counts the epochs by itself."""
+        with warnings.catch_warnings():
+            # PyTorch warns where the schedule is stepped before the optimizer. That is right here
+            # if the run was killed in validation: resumed, it had no step left to train.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+        self.epoch += 1
+        self.step = 0
+        self.loss_sum = 0.0
 
 
-def open_output(best: Path, last: Path, metrics: Path, config: dict, resume: bool,
-                overwrite: bool) -> dict | None:
-    """Lock a run's folder, log into it, return last.pt's content if there is a run to resume."""
-    last.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(last.with_name("train.log"))
+class Files(NamedTuple):
+    """The files of a run."""
+
+    best: Path     # the checkpoint of best box AP, with torchdistill's name
+    last: Path     # the newest checkpoint
+    metrics: Path  # a JSON object a line; if one is repeated after resuming, the last counts
+    log: Path      # what was printed
+
+
+def name_files(output_dir: Path, arch: str) -> Files:
+    """Return where a run's files are."""
+    folder = output_dir / arch
+    return Files(
+        best=output_dir / f"coco2017-custom_{arch}_resnet_fpn_from_{arch}_resnet50_fpn.pt",
+        last=folder / "last.pt",
+        metrics=folder / "metrics.jsonl",
+        log=folder / "train.log",
+    )
+
+
+def open_output(files: Files, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """Make a run's folder; return last.pt's content if there is a run to resume, else None.
+
+    Raises InputError if the folder holds a checkpoint of another run or, without `resume`, of any.
+    """
     try:
-        fcntl.lockf(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
-    except BlockingIOError as error:
-        raise FileExistsError(f"{last.parent} is being written by another run; wait for its end or "
-                              "name another folder by --output-dir") from error
-    except OSError:  # a file system without locks
-        pass
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    distributed.logger.addHandler(handler)
-    for path in (best, last, metrics) if overwrite else ():
-        path.unlink(missing_ok=True)
-    content, resume = None, resume and last.exists()
-    for path in filter(Path.exists, (best, last)):
-        content = models.load_checkpoint(path) if resume else {}
-        before = content.get("config")
-        if not isinstance(before, dict) or "train_images" not in before:
-            raise FileExistsError(f"{path} exists and this run did not write it; see --resume (for "
-                                  "a run with a last.pt), --output-dir and --overwrite")
-        changed = [f"{key} {before.get(key)}, not {value}" for key, value in config.items()
-                   if before.get(key) != value and key != "epochs" and "published" not in key]
-        if changed:
-            raise ValueError(f"{path} belongs to another run, with {', '.join(changed)}; give it "
-                             "those settings, or another --output-dir")
-    return content if best.exists() or content is None else {**content, "best_value": float("-inf")}
+        files.last.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {files.best.parent}: {error}") from error
+    found = [path for path in (files.last, files.best) if path.exists()]
+    if not found:
+        return None
+    if not resume:
+        raise InputError(f"{found[0]} is there; go on with its run by --resume, or give another "
+                         "--output-dir")
+    if not files.last.exists():
+        raise InputError(f"{files.best} is there, but no {files.last}, from which its run could be "
+                         "resumed; move it away, or give another --output-dir")
+    contents = {path: models.load_checkpoint(path) for path in found}
+    for path, content in contents.items():
+        check_config(content, config, path)
+        for part in path.parent.glob(f".{path.name}.*"):  # left by a kill amid save_checkpoint
+            part.unlink()
+    last = contents[files.last]
+    if not files.best.exists():
+        last["best_value"] = -math.inf  # so that the next validation writes it
+    return last
 
 
-def restore(content: dict, path: Path, student: nn.Module,
-            optimizer: torch.optim.Optimizer, scheduler: MultiStepLR) -> Progress:
-    """Load last.pt's content. Raises ValueError if it is broken, or of another teacher."""
-    state = models.detector_state(content, path)
-    for key, value in student.state_dict().items():
-        same = torch.equal(value.cpu(), state.get(key, torch.empty(0)))
-        if not key.startswith(TRAINED) and not same:
-            raise ValueError(f"{path} belongs to another teacher, with another {key}; resume with "
-                             "the same --teacher-ckpt")
-    models.load_weights(student, state, path)
-    try:
-        optimizer.load_state_dict(content["optimizer"])
-        scheduler.load_state_dict(content["lr_scheduler"])
-        return Progress(**content["progress"] | {"best_box_map": content["best_value"]})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} was not written by this train.py ({error})") from error
+def check_config(content: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    """Raise InputError if a checkpoint is of a run with other settings; epochs may be added."""
+    before = content.get("config")
+    if not isinstance(before, dict) or "progress" not in content:
+        raise InputError(f"{path} is not of a run of this train.py; move it away, or give another "
+                         "--output-dir")
+    for key, value in config.items():
+        if key != "epochs" and before.get(key) != value:
+            raise InputError(f"{path} belongs to a run with {key} {before.get(key)}, not {value}; "
+                             "give it the same settings, or another --output-dir")
 
 
-def append_record(metrics: Path, **record: object) -> None:
-    """Append a record to metrics.jsonl, and log a line on it if it is a training step's."""
-    if record["kind"] == "step":
-        log("epoch {epoch} step {step}/{steps} loss {loss:.4e} relative errors {errors} lr {lr:.0e}"
-            " {images_per_second:.1f} img/s, data wait {data_wait:.0%}, {gpu_memory_mib:.0f} MiB, "
-            "{hours_left:.1f} h left".format(
-                errors=" ".join(f"{e:.3f}" for e in record["relative_errors"]), **record))
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Append a record to metrics.jsonl, on the main process."""
     if distributed.rank() == 0:
-        with models.writing(metrics), metrics.open("a") as file:
+        with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def main() -> None:
-    args, experiment = parse_args()
-    device, processes = distributed.set_up(args.device), distributed.world_size()
-    if args.amp and not models.has_bf16(device):
-        raise ValueError(f"--amp bf16: this {device.type} has no bfloat16; leave the flag out")
-    share = experiment.images_per_step // processes
-    micro_batch = max(size for size in (1, 2, 3, 4) if share % size == 0)
-    best, last, metrics = (args.output_dir / file.format(args.arch) for file in FILES)
-    report = partial(append_record, metrics)
-    if args.demo:
-        distributed.from_main(prepare_demo, args)
-    index, images = data.load_split(args.data_dir, "train", args.limit_train)
-    if len(index) < experiment.images_per_step:
-        raise ValueError(f"{len(index)} images to train on are fewer than one step's "
-                         f"{experiment.images_per_step}: see --limit-train, --images-per-step")
-    loader = data.train_loader(index, images, micro_batch, experiment.seed, args.workers)
-    steps = len(loader) // (share // micro_batch)
-    teacher = distributed.from_main(models.load_teacher, args.arch, args.teacher_ckpt,
-                                    experiment.min_size, experiment.max_size)
-    val = evaluate.ValSet(args.data_dir, teacher, args.limit_val)
-    common = val, device, args.workers
-    config = {**asdict(experiment), "amp": args.amp,
-              "train_images": len(index), "val_images": len(val.index)}
-    content = distributed.from_main(
-        open_output, best, last, metrics, config, args.resume, args.overwrite)
+# ---- one epoch -----------------------------------------------------------------------------------
+
+
+def train_epoch(
+    experiment: Experiment,
+    run: Run,
+    student_body: nn.Module,
+    teacher_body: nn.Module,
+    transform: nn.Module,
+    loader: DataLoader,
+    report: Callable[[dict[str, Any]], None],
+    save: Callable[[], None],
+    amp: str | None = None,
+    log_every: int = 100,
+    save_every: int = 2000,
+) -> None:
+    """Train to the end of run.epoch, from run.step on.
+
+    student_body, teacher_body: models.training_bodies; the former may be wrapped for DDP.
+    transform: the detector's. loader: data.train_loader's.
+    report: takes a record every log_every steps. save: writes last.pt, every save_every steps and
+        at the end. When either is called, run says how far training has come.
+    amp: "bf16" to run both bodies under autocast.
+    Raises FloatingPointError, on every process, if the loss is no longer finite.
+    """
+    device = next(student_body.parameters()).device
+    layout = models.memory_format(device)
+    processes = distributed.world_size()
+    accumulation = experiment.images_per_step // (processes * loader.batch_sampler.batch_size)
+    steps = len(loader) // accumulation
+    # In 2020 each of 3 GPUs summed the errors of 4 images, and gradients were averaged over the
+    # GPUs. So a step's loss and gradient are those of (sum over its 12 images) * 4 / 12.
+    loss_scale = experiment.reference_batch / experiment.images_per_step
+
+    loader.batch_sampler.epoch = run.epoch
+    loader.batch_sampler.first_batch = run.step * accumulation
+    batches = data.iterate(loader)
+    sums = torch.zeros(2, 4, dtype=torch.float64, device=device)  # squared errors; squared norms
+    waited, begin = 0.0, time.perf_counter()
+    student_body.train()
+    for step in range(run.step + 1, steps + 1):
+        run.optimizer.zero_grad()
+        for micro_step in range(1, accumulation + 1):
+            asked = time.perf_counter()
+            images = next(batches)                # each uint8 (3, h, w)
+            waited += time.perf_counter() - asked
+
+            images = [image.to(device, non_blocking=True) / 255 for image in images]
+            batch = transform(images)[0].tensors  # (B, 3, H, W): normalised, resized, padded
+            batch = batch.contiguous(memory_format=layout)
+
+            is_last = micro_step == accumulation
+            with distributed.sync_only_at_the_last(is_last, student_body):
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+                    with torch.no_grad():
+                        teacher_maps = list(teacher_body(batch).values())
+                    student_maps = list(student_body(batch).values())
+                loss, errors = losses.ghnd_loss(
+                    student_maps, teacher_maps, experiment.layer_weights)
+                # Times the processes, because DistributedDataParallel averages over them.
+                (loss * loss_scale * processes).backward()
+
+            sums += torch.stack([errors, losses.squared_norms(teacher_maps)])
+            del student_maps, teacher_maps  # or they would stay until the next batch has its own
+        run.optimizer.step()
+
+        is_saved = step % save_every == 0 or step == steps
+        if is_saved or step % log_every == 0:
+            # The only place in the loop that waits for the device.
+            errors, norms = distributed.sum_over_processes(sums)
+            count = step - run.step
+            layer_weights = errors.new_tensor(experiment.layer_weights)
+            mean_loss = (layer_weights @ errors).item() * loss_scale / count
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(f"the loss is {mean_loss} between steps {run.step} and "
+                                         f"{step} of epoch {run.epoch}")
+            run.step = step
+            run.loss_sum += mean_loss * count
+            seconds = (time.perf_counter() - begin) / count
+            report({
+                "kind": "step",
+                "epoch": run.epoch,
+                "step": step,
+                "steps": steps,
+                "loss": mean_loss,
+                "relative_errors": (errors / norms).tolist(),
+                "lr": run.optimizer.param_groups[0]["lr"],
+                "images_per_second": experiment.images_per_step / seconds,
+                "data_wait": waited / count / seconds,
+                "gpu_memory_mib": torch.cuda.max_memory_allocated() / 2**20,
+                "hours_left": seconds / 3600 * (steps * (experiment.epochs - run.epoch) - step),
+            })
+            if is_saved:
+                save()
+            sums.zero_()
+            waited, begin = 0.0, time.perf_counter()
+
+
+def describe_step(record: dict[str, Any]) -> str:
+    """Return a line of progress for a record of train_epoch."""
+    relative_errors = " ".join(f"{error:.3f}" for error in record["relative_errors"])
+    return (
+        f"epoch {record['epoch']} step {record['step']}/{record['steps']} "
+        f"loss {record['loss']:.4e} relative errors {relative_errors} lr {record['lr']:.0e} "
+        f"{record['images_per_second']:.1f} img/s, data wait {record['data_wait']:.0%}, "
+        f"{record['gpu_memory_mib']:.0f} MiB, {record['hours_left']:.1f} h left")
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    data_dir: Path,
+    output_dir: Path,
+    teacher_ckpt: Path | None = None,
+    teacher_eps: float = 0.0,
+    resume: bool = False,
+    amp: str | None = None,
+    device: str = "auto",
+    workers: int = 4,
+    limit_train: int | None = None,
+    limit_val: int | None = None,
+    log_every: int = 100,
+    save_every: int = 2000,
+) -> dict[str, evaluate.Metrics]:
+    """Train, validate and save a student; return the metrics of teacher, student and agreement.
+
+    The settings are those of the command line. After each epoch the student is validated, and the
+    best checkpoint is written if its box AP is the best so far; the test at the end is of that.
+    """
+    device = distributed.set_up(device)
+    if amp == "bf16" and not models.has_bf16(device):
+        raise InputError(f"--amp bf16: this {device.type} has no bfloat16; leave the flag out",
+                         on_all_processes=True)
+    micro_batch, accumulation = distributed.on_main(
+        share_step, experiment.images_per_step, distributed.world_size())
+
+    images, folder = data.load_train_split(data_dir, experiment.max_size, limit_train)
+    if len(images) < experiment.images_per_step:
+        raise InputError(f"{len(images)} images to train on are fewer than one step's "
+                         f"{experiment.images_per_step}: see --limit-train, --images-per-step",
+                         on_all_processes=True)
+    loader = data.train_loader(images, folder, micro_batch, experiment.seed, workers, device)
+    teacher = distributed.on_main(
+        models.load_teacher, experiment.arch, teacher_ckpt, experiment.min_size,
+        experiment.max_size, teacher_eps)
+    val = evaluate.ValSet(data_dir, teacher, limit_val)
+
+    files = name_files(output_dir, experiment.arch)
+    config = asdict(experiment) | {
+        "amp": amp, "train_images": len(images), "val_images": len(val.images)}
+    checkpoint = distributed.on_main(open_output, files, config, resume)
+
     torch.manual_seed(experiment.seed)
     student = models.build_student(teacher, experiment.bottleneck_channels)
-    teacher, student = (models.to_device(detector, device) for detector in (teacher, student))
-    distiller = models.Distiller(teacher, student, bf16=args.amp == "bf16")
-    stem = distiller.student_stem
-    optimizer, scheduler = build_optimizer(stem, experiment)
-    progress = restore(content, last, student, optimizer, scheduler) if content else Progress()
-    if processes > 1:
-        distiller.student_stem = nn.parallel.DistributedDataParallel(stem)
-        distiller.student_stem.broadcast_buffers = False  # once, before saving, is enough
-    log(f"{args.arch} on {device}, from epoch {progress.epoch}, step {progress.step} on: {steps} "
-        f"steps, {len(index)} images, of {processes} x {share // micro_batch} x {micro_batch}")
+    models.to_device(teacher, device)
+    models.to_device(student, device)
+    run = Run(student, *build_optimizer(student, experiment))
+    if checkpoint:
+        run.load(checkpoint, files.last)
+        del checkpoint
+    student_body, teacher_body = models.training_bodies(student, teacher, bf16=amp == "bf16")
+    if distributed.world_size() > 1:
+        student_body = DistributedDataParallel(student_body)
+        # BatchNorm's statistics are shared at the end of an epoch and not, as by default, in each
+        # step. It is no argument above, because torch 2.14 has renamed the argument.
+        student_body.broadcast_buffers = False
 
-    def save(path: Path) -> None:
-        if distributed.rank() == 0:  # torchdistill's entries, then ours
-            models.save_checkpoint({
-                "model": student.state_dict(), "optimizer": optimizer.state_dict(),
-                "lr_scheduler": scheduler.state_dict(), "best_value": progress.best_box_map,
-                "config": config, "args": None, "progress": asdict(progress)}, path)
-        distributed.barrier()  # so that no process goes on as if it were written
+    def report(record: dict[str, Any]) -> None:
+        log(describe_step(record))
+        append_record(files.metrics, record)
 
-    while progress.epoch < experiment.epochs:
-        with distributed.noting_signals():
-            train(experiment, distiller, teacher.transform, loader, optimizer, progress, report,
-                  args.log_every, args.save_every)
-            distributed.broadcast_buffers(stem)
-            save(last)
-            if stop := distributed.noted_signal():
-                log(f"stopped by {signal.Signals(stop).name}; repeat the command with --resume")
-                distributed.barrier()  # lest torchrun, seeing one leave, ends the first too soon
-                sys.exit(128 + stop)
-        if progress.step < steps:
-            continue
-        epoch, loss = progress.epoch, progress.loss_sum / steps
-        figures, *_ = evaluate.evaluate(student, *common, f"validation {epoch}")
-        box_map, before = figures["bbox"][0], progress.best_box_map
-        progress.best_box_map = max(box_map, before)
-        report(kind="epoch", epoch=epoch, loss=loss, figures=figures, best=box_map > before)
-        log(f"epoch {epoch}: mean loss {loss:.4e}, box mAP {box_map:.4f}, best before {before:.4f}")
-        departs = args.limit_train or args.limit_val or args.amp
-        if replace(experiment, seed=0) == EXPERIMENTS[args.arch] and not departs:
-            log(f"    published: mean loss {experiment.published_loss[epoch]:.4e} (of 9,001 steps),"
-                f" box mAP {experiment.published_box_map.get(epoch, 'no better than before')}")
-        if box_map > before:
-            save(best)
-        progress = Progress(epoch + 1, best_box_map=progress.best_box_map)
-        scheduler.step()
+    is_full_recipe = (replace(experiment, seed=0) == EXPERIMENTS[experiment.arch]
+                      and evaluate.published_for(student)
+                      and not (limit_train or limit_val or amp))
+    with distributed.logging_to(files.log):
+        log(f"{experiment.arch} on {device}, from epoch {run.epoch}, step {run.step} on: "
+            f"{len(images)} images; a step is {distributed.world_size()} processes x "
+            f"{accumulation} micro-batches x {micro_batch} images")
+        while run.epoch < experiment.epochs:
+            train_epoch(
+                experiment, run, student_body, teacher_body, teacher.transform, loader, report,
+                lambda: run.save(files.last, config), amp, log_every, save_every)
+            distributed.broadcast_buffers(student.backbone.body.layer1)
+            metrics, _ = evaluate.evaluate(
+                evaluate.whole(student.eval()), val, device, workers, f"validation {run.epoch}")
+            published = PUBLISHED[experiment.arch][run.epoch] if is_full_recipe else None
+            report_epoch(run, metrics, files.metrics, published)
+            if metrics["bbox"][0] > run.best_box_ap:
+                run.best_box_ap = metrics["bbox"][0]
+                run.save(files.best, config)
+            run.start_next_epoch()
+        return test(student, teacher, val, device, workers, files)
 
-    content = distributed.from_main(models.load_checkpoint, best)
-    models.load_weights(student, models.detector_state(content, best), best)
-    taught, truths, _ = evaluate.evaluate(teacher, *common, "test of the teacher")
-    figures, results, _ = evaluate.evaluate(student, *common, "test of the student")
-    rows = {"teacher": taught, "student": figures,
-            "agreement": evaluate.agreement(val, truths, results)}
-    report(kind="test", epoch=progress.epoch, figures=rows)
-    log(f"{best}\n{evaluate.table(rows, student)}")
-    if args.demo:
-        pictures = args.output_dir / "pictures"
-        distributed.from_main(evaluate.draw, val, (truths, results), pictures, len(val.index))
-        torch.manual_seed(experiment.seed)
-        fresh = models.build_student(teacher, experiment.bottleneck_channels)
-        fresh = evaluate.agreement(val, truths, evaluate.evaluate(fresh, *common, "a fresh one")[1])
-        log(f"agreement was {fresh['bbox'][0]:.4f} before training (labels say nothing of a random "
-            f"teacher); {pictures}/ shows it. Try\n    python evaluate.py "
-            f"--ckpt {best} --teacher-ckpt {args.teacher_ckpt} --data-dir {args.data_dir} "
-            f"--min-size {args.min_size} --max-size {args.max_size} --bits 32 8 4 2")
+
+def report_epoch(
+    run: Run,
+    metrics: evaluate.Metrics,
+    metrics_file: Path,
+    published: tuple[float, float | None] | None,
+) -> None:
+    """Log and record a validated epoch; published: loss and box AP to set beside it, if any."""
+    loss = run.loss_sum / run.step
+    box_ap = metrics["bbox"][0]
+    log(f"epoch {run.epoch}: mean loss {loss:.4e}, box AP {box_ap:.4f}, "
+        f"best before {run.best_box_ap:.4f}")
+    if published:
+        published_loss, published_box_ap = published
+        log(f"    published: mean loss {published_loss:.4e} (of the first 9,001 steps), box AP "
+            f"{published_box_ap or 'no better than before'}")
+    append_record(metrics_file, {
+        "kind": "epoch", "epoch": run.epoch, "loss": loss, "metrics": metrics,
+        "best": box_ap > run.best_box_ap})
+
+
+def test(
+    student: nn.Module,
+    teacher: nn.Module,
+    val: evaluate.ValSet,
+    device: torch.device,
+    workers: int,
+    files: Files,
+) -> dict[str, evaluate.Metrics]:
+    """Load the best checkpoint; log, record and return the metrics of teacher and student."""
+    content = distributed.on_main(models.load_checkpoint, files.best)
+    models.load_weights(student.eval(), models.detector_state(content, files.best), files.best)
+    teacher_metrics, teacher_results = evaluate.evaluate(
+        evaluate.whole(teacher), val, device, workers, "test of the teacher")
+    student_metrics, student_results = evaluate.evaluate(
+        evaluate.whole(student), val, device, workers, "test of the student")
+    metrics = {
+        "teacher": teacher_metrics,
+        "student": student_metrics,
+        "agreement": evaluate.agreement(val, student_results, teacher_results),
+    }
+    append_record(files.metrics, {"kind": "test", "metrics": metrics})
+    log(f"{files.best}\n{evaluate.metrics_table(metrics, evaluate.published_for(student))}")
+    return metrics
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a GHND student.", usage="%(prog)s --arch ARCH [flags]")
+    parser.add_argument("--arch", choices=EXPERIMENTS, required=True, help="which experiment")
+    evaluate.add_common_flags(parser)
+    parser.add_argument(
+        "--output-dir", type=evaluate.path, metavar="DIR", default="coco/ghnd",
+        help="folder for the best checkpoint, last.pt and logs (%(default)s)")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on from last.pt, or start if there is none: the same command each time")
+    parser.add_argument(
+        "--save-every", type=evaluate.positive, metavar="N", default=2000,
+        help="write last.pt after so many steps, besides after each epoch (%(default)s)")
+    parser.add_argument(
+        "--log-every", type=evaluate.positive, metavar="N", default=100,
+        help="print a line after so many steps (%(default)s)")
+    parser.add_argument(
+        "--limit-train", type=evaluate.positive, metavar="N",
+        help="use only the first N images of train2017")
+    parser.add_argument(
+        "--amp", choices=["bf16"], help="run both bodies in bfloat16, the loss in float32")
+
+    # These depart from the recipe; not given, they are the experiment's.
+    parser.add_argument(
+        "--bottleneck-channels", type=evaluate.positive, metavar="N", help="instead of 3")
+    parser.add_argument("--epochs", type=evaluate.positive, metavar="N", help="instead of 20")
+    parser.add_argument(
+        "--images-per-step", type=evaluate.positive, metavar="N",
+        help="on all processes together, instead of 12")
+    parser.add_argument(
+        "--min-size", type=evaluate.positive, metavar="PX",
+        help="images are resized to this shorter side, instead of 800 ...")
+    parser.add_argument(
+        "--max-size", type=evaluate.positive, metavar="PX",
+        help="... or, if that is less, to this longer side, instead of 1333")
+    parser.add_argument(
+        "--seed", type=evaluate.not_negative, metavar="N",
+        help="of layer1, the images' order and the flips, instead of 0")
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = vars(parse_args())
+    changes = {}
+    for field in fields(Experiment):
+        value = settings.pop(field.name, None)
+        if value is not None:
+            changes[field.name] = value
+    experiment = replace(EXPERIMENTS[changes["arch"]], **changes)
+    run_experiment(experiment, **settings)
 
 
 if __name__ == "__main__":

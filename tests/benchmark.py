@@ -27,6 +27,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import drawn
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
@@ -131,7 +132,7 @@ def other_layout(device):
 
 def make_step(name, device, checkpoint, min_size, max_size, batch):
     """Return a function that makes one training step, the original's or ours, on pictures."""
-    teacher = models.load_teacher("fasterrcnn", checkpoint, min_size, max_size)
+    teacher = models.load_teacher("fasterrcnn", Path(checkpoint), min_size, max_size)
     student, images = models.build_student(teacher), pictures(batch)
     if name == ORIGINAL:
         import test_parity
@@ -154,16 +155,19 @@ def make_step(name, device, checkpoint, min_size, max_size, batch):
     if name == NOT_FOLDED:
         changed = mock.patch.object(models, "fold_frozen_bn", copy.deepcopy)
     with changed:
-        distiller = models.Distiller(
-            *(models.to_device(d, device) for d in (teacher, student)), bf16=name == BF16)
+        for detector in (teacher, student):
+            models.to_device(detector, device)
+        bodies = models.training_bodies(student, teacher, bf16=name == BF16)
     experiment = replace(train.FASTERRCNN, images_per_step=batch)
     loader = torch.utils.data.DataLoader(images, batch, collate_fn=list)
-    optimizer, _ = train.build_optimizer(distiller.student_stem, experiment)
+    run = train.Run(student, *train.build_optimizer(student, experiment))
 
     def ours():
+        run.step = 0
         with changed:
-            train.train(experiment, distiller, teacher.transform, loader, optimizer,
-                        train.Progress(), lambda **_: None)
+            train.train_epoch(
+                experiment, run, *bodies, teacher.transform, loader, lambda record: None,
+                lambda: None, amp="bf16" if name == BF16 else None)
 
     return convolutions(ours) if name == FLOOR else ours
 
@@ -210,8 +214,8 @@ def write_coco(folder, count, files):
 
 def bench_load(args, device, folder, row):
     write_coco(folder, args.files, args.files)
-    index, images_folder = data.load_split(folder, "train")
-    images, threads, rounds = data.CocoImages(index, images_folder), torch.get_num_threads(), []
+    infos, images_folder = data.load_train_split(folder, 1333)
+    images, threads, rounds = data.CocoImages(infos, images_folder), torch.get_num_threads(), []
     torch.set_num_threads(1)
     for _ in range(args.rounds):
         ours = [clock(lambda: [images[i, i % 2] for i in range(args.files)]) for _ in range(3)]
@@ -220,7 +224,7 @@ def bench_load(args, device, folder, row):
     original, ours = zip(*rounds)
     row("torchdistill, load and prepare a 640 x 480 image, one thread", original, "ms")
     row("ours", ours, "ms", original)
-    loader = data.train_loader(index, images_folder, 4, 0, workers=2)
+    loader = data.train_loader(infos, images_folder, 4, 0, workers=2, device=device)
     speed = 4 * len(loader) / alternate(args.rounds, lambda: list(loader))[0]
     row("ours, by 2 workers that have started", speed, "images/s")
 
@@ -228,8 +232,8 @@ def bench_load(args, device, folder, row):
 def start_ours(folder):
     """Return seconds and MiB that the training set takes until its first batch is known."""
     before, begin = memory("VmRSS"), time.perf_counter()
-    index, images_folder = data.load_split(folder, "train")
-    kept = data.CocoImages(index, images_folder), data.GroupedBatches(index, 4, 0, 3)
+    infos, images_folder = data.load_train_split(folder, 1333)
+    kept = data.CocoImages(infos, images_folder), data.GroupedBatches(infos, 4, 0, 3)
     next(iter(kept[1]))
     return time.perf_counter() - begin, memory("VmRSS") - before
 
@@ -239,17 +243,16 @@ def bench_start(args, device, folder, row):
     original = call_original("start", folder)
     row(f"torchdistill, {args.annotated} annotated images, to the first batch", original[0], "s")
     row("torchdistill, memory for it of each process and worker", original[1], "MiB")
-    for name in ("ours, the first time", "ours, from the cached index"):
-        seconds, mib = apart(start_ours, folder)
-        row(name, seconds, "s", original[0])
-        row(f"{name}, memory", mib, "MiB", original[1])
+    seconds, mib = apart(start_ours, folder)
+    row("ours", seconds, "s", original[0])
+    row("ours, memory", mib, "MiB", original[1])
     command = [sys.executable, ROOT / "train.py", "--arch", "fasterrcnn", "--data-dir", folder,
                "--teacher-ckpt", args.teacher, "--output-dir", folder, "--device", args.device,
                "--min-size", "96", "--max-size", "160", "--workers", "0", "--log-every", "1"]
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if line.startswith("epoch 0 step 1/"))
-        row("ours, cached, from the command to a step at 96/160", time.perf_counter() - begin, "s")
+        row("ours, from the command to a step at 96/160", time.perf_counter() - begin, "s")
         process.kill()
     row("of which imports", clock(subprocess.check_output, [*command[:2], "--help"]), "s")
 
@@ -263,20 +266,21 @@ def detect(detector, images, device, plainly):
             for mask in detector([image])[0].get("masks", torch.empty(0)).cpu():
                 coco_mask.encode(np.asfortranarray((mask[0] > 0.5).byte().numpy()))
         else:
-            models.detect(detector, image)
+            detector([image])
 
 
 def bench_evaluate(args, device, folder, row):
     images = [data.read_image(path) for path in sorted((folder / "val2017").iterdir())]
     for arch, size in itertools.product(models.DETECTORS, [(96, 160)] + [(800, 1333)] * args.large):
-        original = models.random_teacher(arch, [image / 255 for image in images], 0, *size)
+        original = drawn.random_teacher(arch, [image / 255 for image in images], *size)
         detector = models.to_device(copy.deepcopy(original), device)
         val, n = evaluate.ValSet(folder, detector), len(images)
         student = models.build_student(detector)
         with other_layout(device):
             turned = models.to_device(copy.deepcopy(student), device)
-        ours, halves = (partial(evaluate.evaluate, student, val, device, 0, "", bits)
-                        for bits in (None, 8))  # no workers: to start some takes time
+        # no workers: to start some takes time
+        ours = partial(evaluate.evaluate, evaluate.whole(student), val, device)
+        halves = partial(evaluate.measure_split, student, 8, val, device, 0)
         plain, ours, halves, alone, turned = alternate(
             args.rounds, partial(detect, original.to(device), images, device, True), ours, halves,
             *(partial(detect, model, images, device, False) for model in (student, turned)))
@@ -285,6 +289,10 @@ def bench_evaluate(args, device, folder, row):
         row("ours, split, 8 bits", n / halves, "images/s", n / ours)
         row("the student's detector alone", n / alone, "images/s", n / ours)
         row("the same in the other layout", n / turned, "images/s", n / ours)
+
+
+BENCHES = {"step": bench_step, "load": bench_load, "start": bench_start,
+           "evaluate": bench_evaluate}
 
 
 def main():
@@ -303,16 +311,15 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()), flush=True)
     with tempfile.TemporaryDirectory(prefix="ghnd-benchmark-") as folder:
         tempfile.tempdir = os.environ["TMPDIR"] = folder  # for whatever else makes folders
-        os.environ["TORCH_HOME"] = f"{folder}/hub"  # no index is cached yet
         args.teacher, args.bf16 = f"{folder}/teacher.pt", results["machine"]["bf16"]
-        teacher = models.random_teacher("fasterrcnn", [torch.rand(3, 96, 128)], 0, 96, 160)
+        teacher = drawn.random_teacher("fasterrcnn", [torch.rand(3, 96, 128)], 96, 160)
         torch.save(teacher.state_dict(), args.teacher)
         if set(args.benches) - {"step"} or not args.benches:
             subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "--no-deps",
                                    "--target", folder, "torchdistill==0.0.1"])
-        for name in args.benches or ("step", "load", "start", "evaluate"):
-            data.write_demo_dataset(Path(folder, name), train=1, val=args.images)
-            globals()[f"bench_{name}"](args, device, Path(folder, name), lambda *row: report(
+        for name in args.benches or BENCHES:
+            drawn.write_dataset(Path(folder, name), train=1, val=args.images)
+            BENCHES[name](args, device, Path(folder, name), lambda *row: report(
                 results, args.json, name, *row))
 
 

@@ -1,139 +1,113 @@
-import multiprocessing
 import os
-import signal
 import sys
-import time
 
 import pytest
 import torch
-from conftest import Run, finish, run_script
+from conftest import ROOT, torchrun
 
 import distributed
+from distributed import InputError
+
+# ---- collectives ---------------------------------------------------------------------------------
 
 
 def collectives():
     assert distributed.set_up("cpu") == torch.device("cpu")
-    rank, world = distributed.rank(), distributed.world_size()
-    assert distributed.from_main(lambda x: (x, rank), 5) == (5, 0)
-    assert distributed.gather([rank] * rank) == [[r] * r for r in range(world)]
-    sums = distributed.sum_over_processes(torch.tensor([1.0, rank]))
-    assert sums.tolist() == [world, sum(range(world))]
+    rank, world_size = distributed.rank(), distributed.world_size()
+    assert distributed.on_main(lambda x: (x, rank), 5) == (5, 0)
+    assert distributed.gather([rank] * rank) == [[r] * r for r in range(world_size)]
+    mine = torch.tensor([1.0, rank])
+    assert distributed.sum_over_processes(mine).tolist() == [world_size, sum(range(world_size))]
+    assert mine.tolist() == [1, rank]
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean += rank + 1
-    norm.num_batches_tracked += rank
     norm.weight.data.fill_(rank)
     distributed.broadcast_buffers(norm)
-    assert norm.running_mean.tolist() == [1, 1] and norm.num_batches_tracked == 0
-    assert norm.weight.tolist() == [rank, rank]
+    assert norm.running_mean.tolist() == [1, 1] and norm.weight.tolist() == [rank, rank]
     distributed.log(f"said by {rank}")
     print(f"done {rank}\n", end="", flush=True)
 
 
-@pytest.mark.parametrize("processes", [None, 2, 3])
-def test_collectives(processes):
-    run = finish(collectives, processes=processes)
-    assert run.out.count("said by") == 1 and "said by 0" in run.out
-    assert all(run.out.count(f"done {rank}\n") == 1 for rank in range(processes or 1))
+@pytest.mark.parametrize("world_size", [None, 2, 3])
+def test_collectives(world_size, finish):
+    job = finish(collectives, world_size=world_size)
+    assert job.out.count("said by") == 1 and "said by 0" in job.out
+    assert all(job.out.count(f"done {rank}\n") == 1 for rank in range(world_size or 1))
 
 
-def failure():
-    distributed.PATIENCE = 2
+def test_too_few_gpus_are_told_by_the_first_process_of_a_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for local_rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        with pytest.raises(InputError, match="this machine has 2 GPUs for 3 processes") as error:
+            distributed.set_up("cuda")
+        assert error.value.on_all_processes == (local_rank > 0)
+
+
+def test_what_is_logged_in_a_block_goes_to_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed.logger, "level", 20)
+    with distributed.logging_to(tmp_path / "train.log"):
+        distributed.log("within")
+    distributed.log("after")
+    assert (tmp_path / "train.log").read_text().splitlines()[0].endswith(" within")
+    assert "after" not in (tmp_path / "train.log").read_text()
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def fail():
+    """Fail on the process, or on all, that the command line names, in the way that it names."""
     distributed.set_up("cpu")
-    who, kind = sys.argv[1:]
-    if who == "all" or distributed.rank() == int(who):
-        raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[kind]("the reason")
-    distributed.barrier()  # waits for the other, in vain
-
-
-def suicide():
-    distributed.PATIENCE = 2
-    distributed.set_up("cpu")
-    if distributed.rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    way, who = sys.argv[1:]
+    if way == "on_main":
+        distributed.on_main(raise_input_error)
+    elif who in ("all", str(distributed.rank())):
+        if way == "InputError":
+            raise InputError("the reason", on_all_processes=who == "all")
+        torch.zeros(1).numpy().reshape(7)  # a ValueError of numpy's
     distributed.barrier()
 
 
-@pytest.mark.parametrize("who", ["0", "1", "all"])
-@pytest.mark.parametrize("kind", ["ValueError", "RuntimeError"])
-def test_a_process_that_fails_ends_the_others_with_its_reason_told_once(who, kind):
-    begin = time.monotonic()
-    run = Run(failure, [who, kind], processes=3)
-    assert any(status == 1 for status in run.wait()) and time.monotonic() - begin < 30
-    assert run.err.count("test_distributed.py: error: ") == 1, run.err
-    assert ("Traceback" in run.err) == (kind == "RuntimeError") and "the reason" in run.err
+def raise_input_error():
+    raise InputError("the reason")
 
 
-def test_the_death_of_a_peer_is_not_told_as_a_reason():
-    run = Run(suicide, [], processes=2)
-    assert -signal.SIGKILL in run.wait() and "error: " not in run.err
-    alone = Run(suicide, [], processes=2)  # and nobody ends the one that is left
-    for process in alone.processes:
-        process.join(60)
-    assert [process.exitcode for process in alone.processes] == [1, -signal.SIGKILL]
-    assert alone.err == "test_distributed.py: error: another process died, which tells why\n"
+@pytest.mark.parametrize("way, who, world_size", [
+    ("on_main", "all", None), ("on_main", "all", 3), ("InputError", "all", 3),
+    ("InputError", "0", 2), ("InputError", "1", 3)])
+def test_an_input_error_is_told_once_in_one_line(way, who, world_size, start):
+    job = start(fail, way, who, world_size=world_size)
+    statuses = job.wait(60)
+    assert 1 in statuses and 0 not in statuses
+    assert job.err.count("test_distributed.py: error: the reason\n") == 1
+    if who == "all":
+        assert job.err == "test_distributed.py: error: the reason\n"
+        assert statuses == [1] * (world_size or 1)
 
 
-@pytest.mark.parametrize("error, status, text", [
-    (FileNotFoundError("x is missing"), 1, "x is missing"),
-    (ValueError("Caught ValueError in worker 0.\nOriginal Traceback (most recent call last):\n"
-                "  File\nValueError: image x: bad\n"), 1, "image x: bad")])
-def test_user_errors_become_one_line_and_a_status(error, status, text, call):
-    def main():
-        raise error
-
-    found, told = call(main)
-    assert found == status and told == f"{__name__}.py: error: {text}\n"
+@pytest.mark.parametrize("world_size", [None, 2])
+def test_any_other_error_keeps_its_traceback(world_size, start):
+    job = start(fail, "numpy", str((world_size or 1) - 1), world_size=world_size)
+    assert 1 in job.wait(60)
+    assert "Traceback" in job.err and 'reshape(7)' in job.err
+    assert "ValueError: cannot reshape array" in job.err and ": error: " not in job.err
 
 
-def test_too_few_gpus_are_noticed_by_all_processes_of_a_machine(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for rank in range(3):
-        monkeypatch.setattr(os, "environ", {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"})
-        with pytest.raises(ValueError, match="--device cuda: this machine has 2 GPUs for 3"):
-            distributed.set_up("cuda")
+def test_an_input_error_under_torchrun_ends_all_three_processes():
+    process = torchrun(__file__, "on_main", "all", nproc=3, timeout=120)
+    assert process.returncode == 1
+    assert process.stderr.count("test_distributed.py: error: the reason\n") == 1
 
 
-def test_signals_are_noted_within_the_block_alone():
-    before = [signal.getsignal(number) for number in distributed.SIGNALS]
-    with distributed.noting_signals():
-        assert distributed.noted_signal() == 0
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-        assert distributed.noted_signal() == signal.SIGUSR1  # the first
-        with pytest.raises(KeyboardInterrupt):  # and now Ctrl-C ends a hang
-            os.kill(os.getpid(), signal.SIGINT)
-    assert [signal.getsignal(number) for number in distributed.SIGNALS] == before
-    distributed._noted = 0
+def test_scripts_need_nothing_that_windows_lacks():
+    """Neither fcntl nor signals that only Unix has."""
+    for script in ROOT.glob("*.py"):
+        text = script.read_text()
+        assert "fcntl" not in text and "SIGUSR" not in text and "os.fork" not in text
 
 
-def signalled():
-    distributed.set_up("cpu")
-    with distributed.noting_signals():
-        if distributed.rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        print(f"noted {distributed.noted_signal()}\n", end="", flush=True)
-
-
-def test_a_signal_of_one_process_is_known_to_all():
-    assert finish(signalled, processes=3).out.count("noted 15\n") == 3
-
-
-def loader_worker(queue):
-    distributed.ignore_signals(0)
-    for number in distributed.SIGNALS:
-        os.kill(os.getpid(), number)
-    queue.put("alive")
-
-
-def test_loader_workers_ignore_signals():
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    context.Process(target=loader_worker, args=(queue,)).start()
-    assert queue.get(timeout=60) == "alive"
-
-
-def test_usage_errors_under_torchrun_are_told_once():
-    process = run_script("evaluate.py", "--ckpt", nproc=3)
-    assert process.returncode != 0 and "exitcode  : 2" in process.stderr
-    assert process.stderr.count("evaluate.py: error: argument --ckpt: expected one argument\n") == 1
-    assert process.stderr.count("usage: evaluate.py FLAGS (--help lists them)\n") == 1
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    distributed.run(fail)

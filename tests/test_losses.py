@@ -5,45 +5,60 @@ import losses
 
 
 @pytest.fixture
-def maps():
+def student_maps():
     torch.manual_seed(0)
-    return [[torch.randn(shape) for shape in ((2, 8, 6, 7), (2, 16, 3, 4))] for _ in range(2)]
+    return [torch.randn(2, 8, 6, 7), torch.randn(2, 16, 3, 4)]
 
 
-def test_loss_is_the_sum_of_squared_differences(maps):
-    by_hand = torch.tensor([sum(float((a - b) ** 2) for a, b in zip(s.flatten(), t.flatten()))
-                            for s, t in zip(*maps, strict=True)])
-    torch.testing.assert_close(losses.squared_errors(*maps), by_hand)
-    torch.testing.assert_close(losses.ghnd_loss(*maps), (by_hand.sum(), by_hand))
+@pytest.fixture
+def teacher_maps():
+    torch.manual_seed(1)
+    return [torch.randn(2, 8, 6, 7), torch.randn(2, 16, 3, 4)]
 
 
-def test_gradient_is_twice_the_difference(maps):
-    student, teacher = [s.requires_grad_() for s in maps[0]], maps[1]
-    loss, errors = losses.ghnd_loss(student, teacher)
+def test_loss_is_the_weighted_sum_of_squared_differences(student_maps, teacher_maps):
+    by_hand = []
+    for s, t in zip(student_maps, teacher_maps, strict=True):
+        by_hand.append(sum(float((a - b) ** 2) for a, b in zip(s.flatten(), t.flatten())))
+    torch.testing.assert_close(
+        losses.squared_errors(student_maps, teacher_maps), torch.tensor(by_hand))
+    for weights in ((1, 1), (1, 0), (0.5, 3)):
+        loss, errors = losses.ghnd_loss(student_maps, teacher_maps, weights)
+        torch.testing.assert_close(errors, torch.tensor(by_hand))
+        assert loss.item() == pytest.approx(weights[0] * by_hand[0] + weights[1] * by_hand[1])
+
+
+def test_gradient_is_twice_the_difference(student_maps, teacher_maps):
+    for s in student_maps:
+        s.requires_grad_()
+    loss, errors = losses.ghnd_loss(student_maps, teacher_maps, (1, 1))
     assert not errors.requires_grad
     loss.backward()
-    for s, t in zip(student, teacher, strict=True):
+    for s, t in zip(student_maps, teacher_maps, strict=True):
         torch.testing.assert_close(s.grad, 2 * (s - t).detach())
 
 
-def test_relative_error_of_zeros_is_one_whatever_the_size(maps):
-    teacher, zeros = maps[1], [torch.zeros_like(t) for t in maps[1]]
-    relative = losses.squared_errors(zeros, teacher) / losses.squared_norms(teacher)
-    torch.testing.assert_close(relative, torch.ones(2))
-    torch.testing.assert_close(losses.squared_errors(teacher, teacher), torch.zeros(2))
+def test_relative_error_of_zeros_is_one_and_of_the_teacher_zero(teacher_maps):
+    zeros = [torch.zeros_like(t) for t in teacher_maps]
+    norms = losses.squared_norms(teacher_maps)
+    torch.testing.assert_close(losses.squared_errors(zeros, teacher_maps) / norms, torch.ones(2))
+    assert losses.squared_errors(teacher_maps, teacher_maps).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype, expected", [
     (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
     (torch.float64, torch.float64)])
 def test_sums_are_float32_at_least(dtype, expected):
-    twos, zeros = (torch.full((1, 1, 300, 300), value, dtype=dtype) for value in (2, 0))
+    twos = torch.full((1, 1, 300, 300), 2, dtype=dtype)
+    zeros = torch.zeros_like(twos)
     for sums in (losses.squared_errors([twos], [zeros]), losses.squared_norms([twos])):
-        assert sums.dtype == expected and sums.item() == 360_000  # past float16's range
+        assert sums.dtype == expected and sums.item() == 360_000  # beyond float16's range
 
 
-def test_different_shapes_are_an_error():
-    with pytest.raises(ValueError, match=r"\(1, 2, 3, 3\).*\(1, 2, 3, 4\)"):
+def test_maps_that_do_not_correspond_are_an_error():
+    with pytest.raises(ValueError, match=r"\(1, 2, 3, 3\), teacher map \(1, 2, 3, 4\)"):
         losses.squared_errors([torch.zeros(1, 2, 3, 3)], [torch.zeros(1, 2, 3, 4)])
-    with pytest.raises(ValueError, match="student maps"):
+    with pytest.raises(ValueError, match="longer"):
         losses.squared_errors([torch.zeros(1)], [torch.zeros(1)] * 2)
+    with pytest.raises(ValueError, match="shorter|longer"):
+        losses.ghnd_loss([torch.zeros(1)], [torch.zeros(1)])  # four weights for one layer

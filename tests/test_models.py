@@ -4,17 +4,19 @@ import copy
 import json
 import pickle
 import re
-import zipfile
+import shutil
+import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ARCHS, SIZES, same
+from conftest import ARCHS, CPU, SIZES, same
 from torchvision.ops import FrozenBatchNorm2d
 
 import models
+from distributed import InputError
 
 REFERENCE = json.loads((Path(__file__).parent / "checkpoint_keys.json").read_text())
 TRAINED = ("backbone.body.conv1.", "backbone.body.layer1.")
@@ -27,8 +29,13 @@ def arch(request):
 
 @pytest.fixture(scope="module")
 def teacher(arch, teachers):
-    torch.manual_seed(3)  # of the students
     return models.load_teacher(arch, teachers[arch], **SIZES)
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    torch.manual_seed(3)
+    return models.build_student(teacher)
 
 
 def random(*shape, seed=0):
@@ -36,108 +43,138 @@ def random(*shape, seed=0):
 
 
 # ---- teacher and student -------------------------------------------------------------------------
-def test_student_has_the_published_keys_and_trains_conv1_and_layer1_alone(arch, teacher):
-    student = models.build_student(teacher)
-    found = [(k, [list(v.shape), str(v.dtype)[6:]]) for k, v in student.state_dict().items()]
+
+
+def test_student_has_the_published_keys_shapes_and_types(arch, student):
+    found = [(key, [list(value.shape), str(value.dtype).removeprefix("torch.")])
+             for key, value in student.state_dict().items()]
     assert found == list(REFERENCE["keys"][arch].items())
-    body, parameters = student.backbone.body, dict(student.named_parameters())
     counts = REFERENCE["parameters"][arch]
-    assert sum(p.numel() for p in parameters.values()) == counts["total"]
-    assert sum(p.numel() for p in body.layer1.parameters()) == counts["backbone.body.layer1"]
-    trainable = {name for name, p in parameters.items() if p.requires_grad}
-    assert trainable and trainable == {name for name in parameters if name.startswith(TRAINED)}
+    layer1 = student.backbone.body.layer1
+    assert sum(p.numel() for p in student.parameters()) == counts["total"]
+    assert sum(p.numel() for p in layer1.parameters()) == counts["backbone.body.layer1"]
+
+
+def test_student_trains_conv1_and_layer1_and_shares_all_else(student, teacher):
     own = {id(p) for p in teacher.parameters()}
-    assert {name for name, p in parameters.items() if id(p) not in own} == trainable
+    for name, parameter in student.named_parameters():
+        assert parameter.requires_grad == name.startswith(TRAINED)
+        assert (id(parameter) in own) != name.startswith(TRAINED)
     assert not any(p.requires_grad for p in teacher.parameters())
-    assert same(body.conv1.weight, teacher.backbone.body.conv1.weight)
-    assert hasattr(teacher.backbone.body.layer1, "0"), "building the student changed the teacher"
+    assert same(student.backbone.body.conv1.weight, teacher.backbone.body.conv1.weight)
+    assert isinstance(teacher.backbone.body.layer1, torch.nn.Sequential), "the teacher was changed"
 
 
 def test_bottleneck_starts_as_pytorch_does_and_narrows_to_its_channels():
-    torch.manual_seed(3)
     bottleneck, x = models.Bottleneck(5).eval(), random(2, 64, 13, 22)
-    again = copy.deepcopy(bottleneck)
+    assert bottleneck.encoder(x).shape == (2, 5, 17, 26)
+    assert bottleneck(x).shape == (2, 256, 13, 22)
     torch.manual_seed(3)
-    again.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
-    assert same(bottleneck.state_dict(), again.state_dict())
+    fresh = models.Bottleneck(5)
+    torch.manual_seed(3)
+    for module in bottleneck.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert same(bottleneck.state_dict(), fresh.state_dict())
     assert repr(bottleneck.encoder[1]) == repr(torch.nn.BatchNorm2d(64))  # eps, momentum
-    assert [bottleneck.encoder(x).shape, bottleneck(x).shape] == [(2, 5, 17, 26), (2, 256, 13, 22)]
 
 
-def test_detector_is_torchvisions_with_coco_v1s_settings(arch, teacher, checkpoints):
+def test_detector_is_torchvisions_with_the_published_eps(arch, teacher, student, checkpoints):
     theirs = getattr(torchvision.models.detection, f"{arch}_resnet50_fpn")(
         weights=None, weights_backbone=None, num_classes=91)
-    ours, (loaded, found_arch) = models.build_detector(arch), models.load_student(checkpoints[arch])
+    ours = models.build_detector(arch)
     for part in ("transform", "rpn", "roi_heads"):
         assert repr(getattr(ours, part)) == repr(getattr(theirs, part))
     heads = ours.roi_heads
     assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.05, 0.5, 100)
-    frozen = {key for key in theirs.state_dict() if not key.endswith("num_batches_tracked")}
-    assert set(ours.state_dict()) == frozen and found_arch == arch
-    for detector in (ours, teacher, models.build_student(teacher), loaded):
+    loaded, found_arch = models.load_student(checkpoints[arch])
+    assert found_arch == arch
+    for detector in (ours, teacher, student, loaded):
         norms = [m for m in detector.modules() if isinstance(m, FrozenBatchNorm2d)]
         assert {norm.eps for norm in norms} == {0} and not detector.training
 
 
-@pytest.mark.parametrize("device, capability, pays", [
-    ("cpu", "AVX2", 0), ("cpu", "AVX512", 1), ("cuda", (7, 5), 0), ("cuda", (8, 0), 1)])
-def test_memory_format_is_channels_last_where_it_pays(device, capability, pays, monkeypatch):
-    name = "torch.cuda.get_device" if device == "cuda" else "torch.backends.cpu.get_cpu"
-    monkeypatch.setattr(f"{name}_capability", lambda *device: capability)
-    wanted = torch.channels_last if pays else torch.contiguous_format
-    assert models.memory_format(torch.device(device)) == wanted
+@pytest.mark.parametrize("device, capability, layout", [
+    ("cpu", "AVX2", torch.contiguous_format), ("cpu", "AVX512", torch.channels_last),
+    ("cuda", (7, 5), torch.contiguous_format), ("cuda", (8, 0), torch.channels_last)])
+def test_memory_format_follows_the_device(device, capability, layout, monkeypatch):
+    name = {"cpu": "torch.backends.cpu.get_cpu_capability",
+            "cuda": "torch.cuda.get_device_capability"}[device]
+    monkeypatch.setattr(name, lambda *_: capability)
+    assert models.memory_format(torch.device(device)) == layout
 
 
 @torch.no_grad()
-def test_detect_on_its_device_is_the_detectors_own_forward(arch, teacher, monkeypatch):
+def test_moving_to_a_device_changes_no_detection(teacher, monkeypatch):
     image = random(3, 90, 131)
-    for detector in (teacher, models.build_student(teacher)):
-        for layout in (torch.channels_last, torch.contiguous_format):
-            monkeypatch.setattr(models, "memory_format", lambda device: layout)
-            moved = models.to_device(copy.deepcopy(detector), torch.device("cpu"))
-            assert moved.backbone.body.conv1.weight.is_contiguous(memory_format=layout)
-            assert same(moved.state_dict(), detector.state_dict())
-            images, _ = moved.transform([image])
-            assert same(images.tensors, detector.transform([image])[0].tensors)
-        found, resized, original = models.detect(moved, image)
-        found = moved.transform.postprocess([found], [resized], [original])
-        wanted = detector([image])
-        assert same(found, wanted) and len(wanted[0]["boxes"]) > 1
-        assert ("masks" in wanted[0]) == (arch == "maskrcnn")
+    wanted = teacher([image])
+    for layout in (torch.channels_last, torch.contiguous_format):
+        monkeypatch.setattr(models, "memory_format", lambda device: layout)
+        moved = models.to_device(copy.deepcopy(teacher), CPU)
+        assert moved.backbone.body.conv1.weight.is_contiguous(memory_format=layout)
+        assert same(moved.state_dict(), teacher.state_dict())
+        assert same(moved.transform([image])[0].tensors, teacher.transform([image])[0].tensors)
+    assert same(moved([image]), wanted) and len(wanted[0]["boxes"]) > 1
 
 
 # ---- what training runs --------------------------------------------------------------------------
-def test_distiller_gives_both_features_and_trains_the_students_own_modules(teacher):
-    before, batch = copy.deepcopy(teacher.state_dict()), 2 * random(2, 3, 64, 96) - 1
-    distiller = models.Distiller(teacher, student := models.build_student(teacher))
-    norms = [m for m in distiller.modules() if isinstance(m, FrozenBatchNorm2d)]
+
+
+def test_training_bodies_give_both_detectors_maps_and_train_the_students_own_modules(
+        student, teacher):
+    before = copy.deepcopy(teacher.state_dict())
+    batch = 2 * random(2, 3, 64, 96) - 1
+    student_body, teacher_body = models.training_bodies(student, teacher)
+    norms = [m for body in (student_body, teacher_body) for m in body.modules()
+             if isinstance(m, FrozenBatchNorm2d)]
     assert norms == [student.backbone.body.bn1]  # all others are folded
-    trainable = {id(p) for p in distiller.parameters() if p.requires_grad}
-    assert trainable == {id(p) for p in student.parameters() if p.requires_grad}
-    assert trainable == {id(p) for p in distiller.student_stem.parameters()}
+    for name in ("layer2", "layer3", "layer4"):
+        assert student_body[name] is teacher_body[name]
+    trainable = [p for p in student_body.parameters() if p.requires_grad]
+    assert list(map(id, trainable)) == [id(p) for p in student.parameters() if p.requires_grad]
     for layout in (torch.channels_last, torch.contiguous_format):
-        found = distiller.to(memory_format=layout)(batch)
-        for maps, detector in zip(found, (student, teacher), strict=True):
-            wanted = list(detector.backbone.body(batch).values())
-            assert len(wanted) == 4 and all(m.requires_grad == (detector is student) for m in maps)
-            torch.testing.assert_close(maps, wanted, rtol=1e-4, atol=1e-4)
-    sum(m.sum() for m in found[0]).backward()
+        for body, detector in ((student_body, student), (teacher_body, teacher)):
+            maps = body.to(memory_format=layout)(batch)
+            torch.testing.assert_close(maps, detector.backbone.body(batch), rtol=1e-4, atol=1e-4)
+            assert [m.shape[1] for m in maps.values()] == [256, 512, 1024, 2048]
+            assert all(m.requires_grad == (detector is student) for m in maps.values())
+    sum(m.sum() for m in student_body(batch).values()).backward()
     for name, parameter in student.named_parameters():
         assert (parameter.grad is not None) == name.startswith(TRAINED)
+        parameter.grad = None
     assert same(before, teacher.state_dict())
 
 
+def test_frozen_layers_cast_once_give_autocasts_maps(student, teacher):
+    batch = random(2, 3, 64, 96)
+    once = models.training_bodies(student, teacher, bf16=True)
+    each_time = models.training_bodies(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for body, other in zip(once, each_time, strict=True):
+            maps = body(batch)
+            assert same(dict(maps), dict(other(batch))) and maps["3"].dtype == torch.bfloat16
+    assert {p.dtype for p in once[1].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in once[0].parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_bfloat16_is_used_only_where_the_device_has_it(monkeypatch):
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+        assert models.has_bf16(CPU) == supported
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation: supported or including_emulation)
+        assert models.has_bf16(torch.device("cuda")) == supported
+
+
 # ---- checkpoint files ----------------------------------------------------------------------------
-def loads(content, tmp_path):
-    torch.save(content, tmp_path / "file.pt")
-    return models.load_student(tmp_path / "file.pt")
 
 
-@pytest.mark.parametrize("channels, device, module", [
+@pytest.mark.parametrize("channels, device, numpy_module", [
     (3, "cuda:0", None), (6, "cpu", b"numpy.core"), (3, "cuda:0", b"numpy._core")])
-def test_files_of_2020_load(arch, teacher, tmp_path, monkeypatch, channels, device, module):
-    """Zip and pre-zip files, from a GPU, with either name of numpy's scalar."""
-    state, path = models.build_student(teacher, channels).state_dict(), tmp_path / "file.pt"
+def test_files_of_2020_load(arch, teacher, tmp_path, monkeypatch, channels, device, numpy_module):
+    """Zip files, and pre-zip files with either name of numpy's scalar; saved on a GPU or not."""
+    state = models.build_student(teacher, channels).state_dict()
+    path = tmp_path / "file.pt"
     names = REFERENCE["names_of_2020"][arch]
     old = collections.OrderedDict((names.get(key, key), value) for key, value in state.items())
     assert set(old) != set(state)
@@ -146,15 +183,32 @@ def test_files_of_2020_load(arch, teacher, tmp_path, monkeypatch, channels, devi
         "model": old, "best_value": np.float64(0.359), "args": argparse.Namespace(seed=None),
         "config": {"train": {"num_epochs": 20}}, "optimizer": {"state": {}, "param_groups": []},
         "lr_scheduler": {"milestones": collections.Counter([5, 15])},
-    }, path, _use_new_zipfile_serialization=module is None)
-    if module:
-        raw = re.sub(rb"cnumpy\._?core\.multi", b"c" + module + b".multi", path.read_bytes())
-        assert b"c" + module + b".multiarray\n" in raw
+    }, path, _use_new_zipfile_serialization=numpy_module is None)
+    if numpy_module:
+        raw = re.sub(rb"cnumpy\._?core\.multi", b"c" + numpy_module + b".multi", path.read_bytes())
+        assert b"c" + numpy_module + b".multiarray\n" in raw
         path.write_bytes(raw)
     student, found_arch = models.load_student(path)
     assert found_arch == arch and same(student.state_dict(), state)
     content = models.load_checkpoint(path)
     assert content["best_value"] == 0.359 and content["lr_scheduler"]["milestones"][15] == 1
+
+
+@pytest.mark.parametrize("prefix, inside", [
+    ("module._orig_mod.", ""), ("_orig_mod.module.", ""), ("", "backbone.body._orig_mod.")])
+def test_keys_of_wrapped_modules_are_accepted(prefix, inside, teachers, checkpoints, tmp_path):
+    def wrapped(path):
+        state = torch.load(path, weights_only=True)
+        state = state.get("model", state)
+        return {prefix + key.replace("backbone.body.", inside or "backbone.body."): value
+                for key, value in state.items()}
+
+    path = tmp_path / "file.pt"
+    for source, load in ((checkpoints["fasterrcnn"], lambda: models.load_student(path)[0]),
+                         (teachers["fasterrcnn"], lambda: models.load_teacher("fasterrcnn", path))):
+        torch.save(wrapped(source), path)
+        wanted = torch.load(source, weights_only=True)
+        assert same(dict(load().state_dict()), dict(wanted.get("model", wanted)))
 
 
 class Malicious:
@@ -163,53 +217,55 @@ class Malicious:
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"model": Malicious()}, "was refused: .*never run"), ([1, 2], "was refused: .*no dict"),
-    ({"model": {"x": torch.zeros(1)}}, "no student"), ({"model": None}, "no state dict"),
-    ({"optimizer": {}}, "no state dict"), ({"model": {1: torch.zeros(1)}}, "no state dict"),
+    ({"model": Malicious()}, "was refused: .*never run .*(getattr|touch|Path)"),
+    ([1, 2], "was refused: it holds no dict"),
+    ({"model": None}, "holds no state dict"),
+    ({"optimizer": {}}, "holds no state dict: 'optimizer' is no tensor"),
+    ({"model": {1: torch.zeros(1)}}, "holds no state dict"),
+    ({"model": {"x": torch.zeros(1)}}, "no student: it has no backbone.body.layer1.encoder.7"),
     ({"model": {"seq.backbone.body.conv1.weight": torch.zeros(1)}}, "training wrapper")])
-def test_wrong_contents_are_refused(content, message, tmp_path, monkeypatch):
+def test_files_of_other_contents_are_refused(content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"file.pt.*{message}"):
-        loads(content, tmp_path)
+    torch.save(content, "file.pt")
+    with pytest.raises(InputError, match=f"file.pt.*{message}"):
+        models.load_student(Path("file.pt"))
     assert not Path("was-run").exists()
 
 
-def test_only_what_fits_is_accepted(teachers, checkpoints, tmp_path):
-    state = models.load_checkpoint(checkpoints["fasterrcnn"])["model"]
-    for content in (state, {"model": {f"module.{key}": value for key, value in state.items()}}):
-        assert same(loads(content, tmp_path)[0].state_dict(), state)
-    bias, narrowest = "rpn.head.cls_logits.bias", "backbone.body.layer1.encoder.7.weight"
-    for edit, message in (
-            ({bias: None}, f"does not fit FasterRCNN: .*{bias}"),
-            ({bias: torch.zeros(5)}, "does not fit FasterRCNN: size mismatch"),
-            ({"surplus": torch.zeros(1)}, "does not fit FasterRCNN: .*surplus"),
-            ({bias: torch.full((3,), np.nan)}, f"is spoilt: {bias} has values that are not"),
-            ({narrowest: torch.zeros(())}, "no bottleneck"),
-            ({narrowest: torch.zeros(1).expand(10**9, 64, 2, 2)}, "no bottleneck")):  # nor memory
-        edited = {key: value for key, value in {**state, **edit}.items() if value is not None}
-        with pytest.raises(ValueError, match=f"file.pt .*{message}"):
-            loads(edited, tmp_path)
-    with pytest.raises(ValueError, match="fasterrcnn.pt holds no student: it has no bottleneck"):
+@pytest.mark.parametrize("edit, message", [
+    ({"rpn.head.cls_logits.bias": None}, "does not fit: .*rpn.head.cls_logits.bias"),
+    ({"rpn.head.cls_logits.bias": torch.zeros(5)}, "does not fit: .*size mismatch"),
+    ({"surplus": torch.zeros(1)}, "does not fit: .*surplus"),
+    ({"rpn.head.cls_logits.bias": torch.full((3,), np.nan)},
+     "spoilt: rpn.head.cls_logits.bias has values that are not finite"),
+    ({"backbone.body.bn1.running_var": torch.zeros(64)},
+     "spoilt: backbone.body.bn1 divides by a variance .* --teacher-eps"),
+    ({models.NARROWEST: None}, "holds no student"), ({models.CLASS_SCORES: None}, "no student")])
+def test_weights_that_do_not_fit_are_named(edit, message, checkpoints, tmp_path):
+    state = models.load_checkpoint(checkpoints["fasterrcnn"])["model"] | edit
+    torch.save({key: value for key, value in state.items() if value is not None},
+               tmp_path / "file.pt")
+    with pytest.raises(InputError, match=f"file.pt .*{message}"):
+        models.load_student(tmp_path / "file.pt")
+
+
+def test_files_of_another_detector_are_refused(teachers, checkpoints):
+    with pytest.raises(InputError, match="fasterrcnn.pt holds no student"):
         models.load_student(teachers["fasterrcnn"])
     for arch, path in (("maskrcnn", teachers["fasterrcnn"]), ("fasterrcnn", teachers["maskrcnn"]),
                        ("fasterrcnn", checkpoints["fasterrcnn"])):
-        with pytest.raises(ValueError, match=f"(?i){path} does not fit {arch}: "):
+        with pytest.raises(InputError, match=f"{path} does not fit: "):
             models.load_teacher(arch, path)
 
 
 def test_damaged_files_are_refused(checkpoints, tmp_path):
     whole, path = checkpoints["fasterrcnn"].read_bytes(), tmp_path / "file.pt"
-    for raw in (whole[:len(whole) // 2], b"", b"text\n", pickle.dumps({"model": 1}, protocol=2)):
+    with pytest.raises(InputError, match="file.pt is not there"):
+        models.load_student(path)
+    for raw in (whole[:len(whole) // 2], b"", b"<html>", pickle.dumps({"model": 1}, protocol=2)):
         path.write_bytes(raw)
-        with pytest.raises(ValueError, match="file.pt was refused: it is damaged"):
+        with pytest.raises(InputError, match="file.pt was refused: it is damaged"):
             models.load_student(path)
-    for content, reason in ((b"", ""), (bytes(10**6), "it would unpack to more than it is")):
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("archive/data.pkl", content)
-        with pytest.raises(ValueError, match=f"file.pt was refused: it is damaged.*{reason}"):
-            models.load_student(path)
-    with pytest.raises(FileNotFoundError, match="nowhere.pt is not there"):
-        models.load_student(tmp_path / "nowhere.pt")
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path):
@@ -218,5 +274,187 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(Exception, match="pickle|local"):
         models.save_checkpoint({"epoch": 2, "unpicklable": lambda: None}, path)
     assert models.load_checkpoint(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError, match="no/last.pt cannot be written: .*No such file"):
-        models.save_checkpoint({"epoch": 1}, tmp_path / "no" / "last.pt")
+
+
+def test_a_teacher_with_eps_is_its_own_batch_norm(arch, teacher, teachers):
+    """What torchvision computes with eps 1e-5, ours computes with eps 0 and other variances."""
+    theirs = copy.deepcopy(teacher)
+    for module in theirs.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 1e-5
+    ours = models.load_teacher(arch, teachers[arch], **SIZES, eps=1e-5)
+    batch = random(1, 3, 64, 96)
+    torch.testing.assert_close(ours.backbone.body(batch), theirs.backbone.body(batch))
+    assert not same(ours.backbone.body(batch)["3"], teacher.backbone.body(batch)["3"])
+
+
+# ---- downloaded teachers -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The file in torch.hub's cache where a downloaded Faster R-CNN would be."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def test_a_cached_teacher_is_read_safely(cached, teachers, tmp_path, monkeypatch):
+    shutil.copy(teachers["fasterrcnn"], cached)
+    wanted = torch.load(cached, weights_only=True)
+    assert same(dict(models.load_teacher("fasterrcnn").state_dict()), dict(wanted))
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, cached)
+    hostile = cached.read_bytes()
+    for raw in (hostile, b"<html>", b"", hostile[:50]):
+        cached.write_bytes(raw)
+        with pytest.raises(InputError, match=f"{cached} was refused"):
+            models.load_teacher("fasterrcnn")
+    assert not Path("was-run").exists()
+
+
+def test_a_teacher_is_downloaded_once_and_checked(cached, teachers, monkeypatch):
+    calls = []
+
+    def download(url, path, hash_prefix, progress):
+        calls.append((url, hash_prefix))
+        shutil.copy(teachers["fasterrcnn"], path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        models.load_teacher("fasterrcnn")
+    [(url, hash_prefix)] = calls
+    assert url.endswith(cached.name) and hash_prefix == "258fb6c6"
+
+
+def test_a_teacher_that_cannot_be_downloaded(cached, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(InputError, match=r"no network.*258fb6c6.pth elsewhere .* --teacher-ckpt"):
+        models.load_teacher("fasterrcnn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", "~nobody-of-this-name")
+    with pytest.raises(InputError, match="no home directory .* set TORCH_HOME"):
+        models.load_teacher("fasterrcnn")
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]  # no folder named ~
+
+
+# ---- split computing -----------------------------------------------------------------------------
+
+INPUTS = {
+    "random": torch.randn(3, 9, 13, generator=torch.Generator().manual_seed(0)),
+    "negative": -1 - random(3, 9, 13, seed=1),
+    "positive": 1 + random(3, 9, 13, seed=2),
+    "huge": 1e38 * (3 * random(3, 9, 13, seed=3) - 1.5),
+    "tiny": 1e-30 * (2 * random(3, 9, 13, seed=4) - 1)}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_quantizer_is_torchdistills_bit_for_bit(bits, name):
+    from torchdistill.common.tensor_util import dequantize_tensor, quantize_tensor
+    x = INPUTS[name]
+    theirs, (q, scale, zero_point) = quantize_tensor(x, bits), models.quantize(x, bits)
+    assert torch.equal(q, theirs.tensor) and q.dtype == torch.uint8
+    assert (scale.item(), zero_point.item()) == (theirs.scale.item(), theirs.zero_point)
+    wanted = dequantize_tensor(theirs)
+    assert torch.equal(models.dequantize(q, scale, zero_point), wanted)
+    assert torch.equal(models.dequantize(q, scale.item(), int(zero_point)), wanted)  # as sent
+
+
+def test_floats_are_sent_as_they_are():
+    x = INPUTS["random"]
+    assert torch.equal(models.dequantize(*models.quantize(x, 32)), x)
+    assert torch.equal(models.dequantize(*models.quantize(x, 16)), x.half().float())
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.7, -0.2, 1e-40, -1e38])
+@pytest.mark.parametrize("bits", [1, 4, 8, 32])
+def test_a_constant_is_kept(constant, bits):
+    """Where the original divides by zero."""
+    x = torch.full((3, 5, 5), constant)
+    assert torch.equal(models.dequantize(*models.quantize(x, bits)), x)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 1])
+def test_tail_of_head_is_the_student_with_a_quantizer_in_it(student, bits, monkeypatch):
+    monkeypatch.setattr(student.roi_heads, "score_thresh", 1e-3)  # untrained, it finds little
+    head, tail = models.split(student, bits)
+    for seed, (h, w) in enumerate([(90, 131), (200, 97)]):
+        image = random(3, h, w, seed=seed)
+        payload = head.compress(image)
+        assert isinstance(payload, bytes)
+        hook = student.backbone.body.layer1.encoder.register_forward_hook(
+            lambda module, args, z: models.dequantize(*models.quantize(z, bits)))
+        with torch.no_grad():
+            wanted = student([image])[0]
+        hook.remove()
+        assert same(tail.detect(payload), wanted) and len(wanted["boxes"]) > 0
+        assert ("masks" in wanted) == student.roi_heads.has_mask()
+
+
+@pytest.mark.parametrize("size", [(20, 17_000), (66_000, 40)])
+def test_long_images_are_split_as_well(student, size, monkeypatch):
+    monkeypatch.setattr(student.transform, "max_size", 2000)
+    monkeypatch.setattr(student.roi_heads, "detections_per_img", 2)  # whose masks are large
+    image = random(3, 1, 1).expand(3, *size)
+    head, tail = models.split(student, 32)
+    with torch.no_grad():
+        wanted = student([image])[0]
+    detections = tail.detect(head.compress(image))
+    assert same(detections, wanted)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_head_with_its_quantizer_can_be_exported(student, bits):
+    head, _ = models.split(student, bits)
+    sizes = {2: 32 * torch.export.Dim("rows", min=2, max=9),
+             3: 32 * torch.export.Dim("columns", min=2, max=9)}
+    program = torch.export.export(head, (random(1, 3, 96, 160),), dynamic_shapes=(sizes,))
+    for h, w in ((96, 160), (160, 64)):
+        batch = random(1, 3, h, w)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(batch), head(batch))
+    assert sum(p.numel() for p in head.network.parameters()) == 158_400
+
+
+@pytest.fixture(scope="module")
+def payload(student):
+    return models.Head(student, 8).compress(random(3, 90, 131))
+
+
+def changed_header(payload, **fields):
+    header = models.Header._make(models.HEADER_FORMAT.unpack_from(payload))._replace(**fields)
+    return models.HEADER_FORMAT.pack(*header) + payload[models.HEADER_FORMAT.size:]
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda p: b"", "0 bytes, less than a header"),
+    (lambda p: p[:models.HEADER_FORMAT.size - 1], "less than a header"),
+    (lambda p: p[:models.HEADER_FORMAT.size], "holds 0 bytes"),
+    (lambda p: p[:-1], "cut off"),
+    (lambda p: p[:-100], "holds .* bytes of values"),
+    (lambda p: p[:-1] + b"?", "cannot be unzipped"),
+    (lambda p: p + b"x", "goes on after its end"),
+    (lambda p: b"\x89PNG" + p[4:], "starts with"),
+    (lambda p: changed_header(p, bits=9), "9 bits"),
+    (lambda p: changed_header(p, bits=16), "holds .* bytes of values, not"),
+    (lambda p: changed_header(p, scale=float("nan")), "scale is nan"),
+    (lambda p: changed_header(p, image_width=0), "no pixels"),
+    (lambda p: changed_header(p, resized_height=0), "no pixels"),
+    (lambda p: changed_header(p, resized_width=161), "larger than 160"),
+    (lambda p: changed_header(p, resized_width=32), "bytes of values, not")])
+def test_damaged_payloads_are_refused(student, payload, damage, message):
+    with pytest.raises(InputError, match=f"payload refused: .*{message}"):
+        models.Tail(student).detect(damage(payload))
+
+
+def test_a_payload_of_another_student_or_with_too_much_in_it_is_refused(teacher, payload):
+    with pytest.raises(InputError, match="bytes of values, not"):
+        models.Tail(models.build_student(teacher, 4)).detect(payload)
+    bomb = payload[:models.HEADER_FORMAT.size] + models.zlib.compress(bytes(50_000_000))
+    with pytest.raises(InputError, match="bytes of values, not"):
+        models.Tail(models.build_student(teacher)).detect(bomb)

@@ -1,4 +1,4 @@
-"""Every link of the chain against the original: torchdistill 0.0.1, 1.1.5, Pillow, torchvision."""
+"""Every link of the chain against the original: torchdistill 0.0.1 and 1.1.5, Pillow, torchvision."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHS, SIZES, same
+from conftest import ARCHS, CPU, SIZES, same
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
@@ -108,14 +108,14 @@ def test_batches_are_the_original_ones(original, tmp_path):
     path.write_text(json.dumps(content))
     original("batches", path, output)
     theirs = json.loads(output.read_text())
-    index = data.parse_annotations(path)
-    index = index[index.usable]
-    assert index.id.tolist() == theirs.pop("ids") and 100 < len(index) < 800
-    assert data.aspect_ratio_groups(index.width, index.height).tolist() == theirs.pop("groups")
+    images = data.read_train_images(path)
+    assert [image.id for image in images] == theirs.pop("ids") and 100 < len(images) < 800
+    groups = data.aspect_ratio_groups([i.width for i in images], [i.height for i in images])
+    assert groups.tolist() == theirs.pop("groups")
     filled = 0
     for key, wanted in theirs.items():
         world_size, rank, epoch = map(int, key.split())
-        batches = data.GroupedBatches(index, 4, rank, world_size)
+        batches = data.GroupedBatches(images, 4, rank, world_size)
         batches.epoch = epoch
         assert [[image for image, _ in batch] for batch in batches] == wanted
         filled += len(sum(wanted, [])) != len(set(sum(wanted, [])))
@@ -123,7 +123,7 @@ def test_batches_are_the_original_ones(original, tmp_path):
 
 
 # ---- torchdistill 1.1.5: its distillation box with the published configuration -------------------
-LAYERS = [f"seq.backbone.body.{name}" for name in models.DISTILLED]
+LAYERS = [f"seq.backbone.body.layer{i}" for i in (1, 2, 3, 4)]
 
 
 def box_config():
@@ -182,23 +182,33 @@ def train_original(path, batches, threads):
     return np.array(steps), student, box.optimizer
 
 
+class OneBatch(list):
+    """A loader of one batch of 4 images."""
+
+    batch_sampler = SimpleNamespace(batch_size=4)
+
+
 def train_ours(path, batches, monkeypatch):
-    """The same with train.train, on one process with one micro-batch of 4 images a step."""
-    class Loader(list):
-        batch_sampler = SimpleNamespace(batch_size=4)
+    """The same with train.train_epoch, on one process with one micro-batch of 4 images a step."""
     experiment = replace(train.FASTERRCNN, images_per_step=4)
-    teacher, student = (models.to_device(m, torch.device("cpu")) for m in make_pair(path))
-    distiller = models.Distiller(teacher, student)
-    optimizer, scheduler = train.build_optimizer(distiller.student_stem, experiment)
+    teacher, student = (models.to_device(detector, CPU) for detector in make_pair(path))
+    student_body, teacher_body = models.training_bodies(student, teacher)
+    run = train.Run(student, *train.build_optimizer(student, experiment))
     terms, steps, squared_errors = [], [], losses.squared_errors
-    monkeypatch.setattr(losses, "squared_errors",
-                        lambda *maps: terms.append(squared_errors(*maps)) or terms[-1])
-    for epoch, images in enumerate(batches):
-        train.train(experiment, distiller, teacher.transform, Loader([images]), optimizer,
-                    train.Progress(epoch), lambda lr, loss, **others: steps.append(
-                        [lr, loss, *terms[-1].tolist()]))
-        scheduler.step()
-    return np.array(steps), student, optimizer
+
+    def noted(*maps):
+        terms.append(squared_errors(*maps))
+        return terms[-1]
+
+    monkeypatch.setattr(losses, "squared_errors", noted)
+    for images in batches:
+        train.train_epoch(
+            experiment, run, student_body, teacher_body, teacher.transform, OneBatch([images]),
+            report=lambda record: steps.append(
+                [record["lr"], record["loss"], *terms[-1].tolist()]),
+            save=lambda: None)
+        run.start_next_epoch()
+    return np.array(steps), student, run.optimizer
 
 
 def end_state(student, optimizer):
@@ -222,12 +232,12 @@ def compare(teachers, monkeypatch):
 
     Returns the steps of all three; by name, how far in norm our end_state is off; and the third's.
     """
-    def compare(dtype, steps):
+    def compare(dtype, steps, first_step=0):
         torch.set_default_dtype(dtype)  # also what uint8 / 255 becomes
         batches = [[torch.randint(0, 256, (3, h, w), dtype=torch.uint8,
                                   generator=torch.Generator().manual_seed(4 * b + i))
                     for i, (h, w) in enumerate([(70, 96), (64, 80), (75, 100), (66, 99)])]
-                   for b in range(steps)]
+                   for b in range(first_step, first_step + steps)]
         path = teachers["fasterrcnn"]
         theirs, noisy = (train_original(path, batches, threads) for threads in (2, 1))
         runs = train_ours(path, batches, monkeypatch), theirs, noisy
@@ -264,57 +274,56 @@ def test_training_follows_the_original_in_float64(compare):
 def test_one_step_follows_the_original_in_float32(compare):
     """From a common state, as float32 trajectories part of themselves: loss, terms and gradients.
 
-    Adam's first moment is 0.1 times the gradient. The bound is derived as above, with 1e-6.
+    Adam's first moment is 0.1 times the gradient. The bounds are derived as above, with 1e-6, from
+    the worst of five batches: in about every second one, rounding switches a ReLU, and gradients
+    move by 1e-3 where they otherwise move by 1e-6.
     """
-    ours, theirs, noisy, *ends = compare(torch.float32, steps=1)
-    off, noise = (np.abs(run / theirs - 1).max() for run in (ours, noisy))
-    assert off <= 20 * max(noise, 1e-6), (off, noise)
-    grad_off, grad_noise = (
-        max(value for key, value in end.items() if key.endswith(" exp_avg")) for end in ends)
-    assert grad_off <= 20 * max(grad_noise, 1e-6), ends
-    print(f"\nfloat32, one step: loss off by {off:.1e}, noise {noise:.1e}; gradients off by "
-          f"{grad_off:.1e}, noise {grad_noise:.1e}")
+    off, noise, grad_off, grad_noise = [], [], [], []
+    for batch in range(5):
+        ours, theirs, noisy, end_off, end_noise = compare(torch.float32, 1, first_step=batch)
+        off.append(np.abs(ours / theirs - 1).max())
+        noise.append(np.abs(noisy / theirs - 1).max())
+        grad_off.append(max(end_off[key] for key in end_off if key.endswith(" exp_avg")))
+        grad_noise.append(max(end_noise[key] for key in end_noise if key.endswith(" exp_avg")))
+    print(f"\nfloat32, one step: loss off by {max(off):.1e}, noise {max(noise):.1e}; gradients off "
+          f"by {max(grad_off):.1e}, noise {max(grad_noise):.1e}")
+    assert max(off) <= 20 * max(*noise, 1e-6), (off, noise)
+    assert max(grad_off) <= 20 * max(*grad_noise, 1e-6), (grad_off, grad_noise)
 
 
 # ---- pixels: Pillow and torchvision's own transform ----------------------------------------------
-@pytest.mark.parametrize("pillow", [False, True])  # whether torchvision has lost its decoder
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("subsampling", [0, 1, 2])  # 4:4:4, 4:2:2, 4:2:0
-def test_decoded_pixels_are_pillows(pillow, mode, progressive, subsampling, tmp_path, monkeypatch):
-    if pillow:
-        monkeypatch.delattr("torchvision.io.decode_image")
-    rng = np.random.default_rng(subsampling)
-    for quality, (h, w) in ((75, (97, 131)), (95, (64, 64)), (30, (1, 17))):
-        blocks = rng.integers(0, 256, (h // 8 + 1, w // 8 + 1, 3))
-        smooth = np.kron(blocks, np.ones((8, 8, 1)))[:h, :w]
-        pixels = (smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)
-        path = tmp_path / f"{quality}.jpg"
-        Image.fromarray(pixels).convert(mode).save(
-            path, quality=quality, progressive=progressive,
-            subsampling=-1 if mode == "L" else subsampling)
-        wanted = np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1)
-        assert same(data.read_image(path), torch.from_numpy(wanted))
-
-
 def test_batches_are_prepared_as_the_original_prepares_them(dataset, teachers):
     """Pillow, to_tensor, flip and the detector's transform against ours: the same, bit for bit."""
     teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], **SIZES)
     transform = copy.deepcopy(teacher.transform)
-    models.to_device(teacher, torch.device("cpu"))
-    (index, folder), batches, flips = data.load_split(dataset, "train"), [], set()
-    loader, stem = data.train_loader(index, folder, 4, seed=0, workers=0), torch.nn.Linear(1, 1)
+    models.to_device(teacher, CPU)
+    student = models.build_student(teacher)
+    images, folder = data.load_train_split(dataset, 160)
+    loader = data.train_loader(images, folder, 4, seed=0, workers=0, device=CPU)
+    batches, flips = [], set()
 
-    def distiller(batch):
-        batches.append(batch)
-        return [stem.weight] * 4, [torch.ones(1, 1)] * 4
+    class Body(torch.nn.Module):
+        """Four maps that are no work, and a note of the batch."""
 
-    distiller.student_stem = stem
-    train.train(replace(train.FASTERRCNN, images_per_step=4), distiller, teacher.transform, loader,
-                torch.optim.SGD(stem.parameters()), train.Progress(), lambda **_: None)
+        def __init__(self, value, note):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.full((1, 1), value))
+            self.note = note
+
+        def forward(self, batch):
+            self.note(batch)
+            return {str(i): self.value for i in range(4)}
+
+    run = train.Run(student, torch.optim.SGD(student.backbone.body.conv1.parameters()), None)
+    train.train_epoch(
+        replace(train.FASTERRCNN, images_per_step=4), run, Body(1.0, batches.append),
+        Body(2.0, lambda batch: None), teacher.transform, loader, lambda record: None,
+        lambda: None)
     for keys, batch in zip(loader.batch_sampler, batches, strict=True):
-        images = [to_tensor(Image.open(folder / index.name[i]).convert("RGB")).flip([-1] * flip)
-                  for i, flip in keys]
-        assert same(batch, transform(images)[0].tensors)
-        flips |= {flip for _, flip in keys}
+        originals = []
+        for position, flip in keys:
+            image = Image.open(folder / images[position].file_name).convert("RGB")
+            originals.append(to_tensor(image).flip([-1] * flip))
+            flips.add(flip)
+        assert same(batch, transform(originals)[0].tensors)
     assert flips == {False, True} and len(batches) > 4

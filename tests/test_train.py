@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHS, BEST, SIZE_FLAGS, SIZES, finish, records, run_script, same
+from conftest import ARCHS, BEST, CPU, SIZE_FLAGS, SIZES, edit_json, records, same, torchrun
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision.transforms.functional import to_pil_image
 
 import data
 import distributed
@@ -15,8 +16,12 @@ import evaluate
 import losses
 import models
 import train
+from distributed import InputError
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_training.json").read_text())
+
+
+SMALL = ["--min-size", "64", "--max-size", "96"]
 
 
 def flags(arch, dataset, teachers, output_dir, *more):
@@ -24,20 +29,19 @@ def flags(arch, dataset, teachers, output_dir, *more):
             "--output-dir", output_dir, *SIZE_FLAGS, *more]
 
 
-# ---- the experiments
+# ---- the experiments -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_experiments_are_the_published_ones(arch):
-    experiment, published = train.EXPERIMENTS[arch], PUBLISHED[arch]["epochs"]
+    experiment, epochs = train.EXPERIMENTS[arch], PUBLISHED[arch]["epochs"]
     assert asdict(experiment) == {
-        "arch": arch, "bottleneck_channels": 3, "epochs": 20, "images_per_step": 12,
-        "reference_batch": 4, "layer_weights": (1, 1, 1, 1), "lr": 1e-3, "lr_drops": (5, 15), "lr_drop_factor": 0.1,
-        "min_size": 800, "max_size": 1333, "seed": 0,
-        "published_box_map": {i: epoch["new_best_bbox_map"] for i, epoch in enumerate(published)
-                              if "new_best_bbox_map" in epoch},
-        "published_loss": tuple(
-            float(f"{epoch['loss']['9000'][1] / 1e6:.3f}e6") for epoch in published)}
+        "arch": arch, "bottleneck_channels": 3, "layer_weights": (1, 1, 1, 1), "epochs": 20,
+        "images_per_step": 12, "reference_batch": 4, "lr": 1e-3, "lr_drops": (5, 15),
+        "lr_drop_factor": 0.1, "min_size": 800, "max_size": 1333, "seed": 0}
+    assert train.PUBLISHED[arch] == tuple(
+        (float(f"{epoch['loss']['9000'][1] / 1e6:.3f}e6"), epoch.get("new_best_bbox_map"))
+        for epoch in epochs)
     assert evaluate.PUBLISHED[arch]["student"] == PUBLISHED["reported"][arch]
     steps = PUBLISHED["train_images_after_filtering"] // experiment.images_per_step
     assert steps == PUBLISHED[arch]["iterations_per_epoch"]
@@ -51,124 +55,126 @@ def test_learning_rate_follows_the_published_log():
         scheduler.step()
 
 
-def test_an_edited_experiment_is_what_is_trained(monkeypatch):
-    edited = replace(train.MASKRCNN, epochs=30, images_per_step=24, min_size=600, seed=7)
-    monkeypatch.setitem(train.EXPERIMENTS, "maskrcnn", edited)
-    monkeypatch.setattr("sys.argv", ["train.py", "--arch", "maskrcnn", "--max-size", "999"])
-    assert train.parse_args()[1] == replace(edited, max_size=999)
+@pytest.mark.parametrize("processes, micro_batch, accumulation", [
+    (1, 4, 3), (2, 3, 2), (3, 4, 1), (4, 3, 1), (6, 2, 1), (12, 1, 1)])
+def test_twelve_images_are_shared_as_the_recipe_says(processes, micro_batch, accumulation):
+    assert train.share_step(12, processes) == (micro_batch, accumulation)
 
 
 @pytest.mark.parametrize("processes", [5, 7, 8, 24])
-def test_processes_that_cannot_share_a_step(processes, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    monkeypatch.setattr("sys.argv", ["train.py", "--arch", "maskrcnn"])
-    with pytest.raises(SystemExit, match="2"):
-        train.parse_args()
-    assert f"{processes} processes cannot share 12 images" in capsys.readouterr().err
+def test_processes_that_cannot_share_a_step_are_told(processes):
+    with pytest.raises(InputError, match=f"{processes} processes cannot share 12 images"):
+        train.share_step(12, processes)
 
 
-@pytest.mark.parametrize("processes, told", [
-    (1, "of 1 x 3 x 4\n"), (2, "of 2 x 2 x 3\n"), (3, "of 3 x 1 x 4\n"), (4, "of 4 x 1 x 3\n"), (6, "of 6 x 1 x 2\n"),
-    (12, "of 12 x 1 x 1\n")])
-def test_twelve_images_are_shared_as_the_recipe_says(
-        processes, told, dataset, teachers, tmp_path, monkeypatch, call, caplog):
-    def stop(*_):
-        raise ValueError("so far")
-
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    monkeypatch.setattr(distributed, "set_up", torch.device)
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda stem: stem)
-    monkeypatch.setattr(train, "train", stop)
-    with caplog.at_level("INFO", "ghnd"):
-        assert "so far" in call(train.main, *flags("fasterrcnn", dataset, teachers, tmp_path))[1]
-    assert told in caplog.text
+def test_flags_change_the_experiment_and_nothing_else(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "run_experiment", lambda *args, **kwargs: seen.append((args, kwargs)))
+    monkeypatch.setattr("sys.argv", ["train.py", "--arch", "maskrcnn", "--max-size", "999",
+                                     "--epochs", "3", "--data-dir", "/x", "--resume"])
+    train.main()
+    [((experiment,), settings)] = seen
+    assert experiment == replace(train.MASKRCNN, max_size=999, epochs=3)
+    assert settings["data_dir"] == Path("/x") and settings["resume"] is True
+    assert settings["save_every"] == 2000 and settings["output_dir"] == Path("coco/ghnd")
 
 
-# ---- one step is the same step on any number of processes
+# ---- one step is the same step on any number of processes ----------------------------------------
 
 
 def one_step():
-    """Write loss and gradients of a step with BatchNorm in eval mode to a file."""
+    """Write loss and gradients of a step, with BatchNorm in eval mode, to a file."""
     import sys
 
-    folder, teacher_file, out = map(Path, sys.argv[1:])
+    folder, teacher_file, output = map(Path, sys.argv[1:])
     distributed.set_up("cpu")
-    processes, experiment = distributed.world_size(), train.FASTERRCNN
-    teacher = models.load_teacher("fasterrcnn", teacher_file, 64, 128)
+    processes = distributed.world_size()
+    teacher = models.to_device(models.load_teacher("fasterrcnn", teacher_file, 64, 128), CPU)
     torch.manual_seed(0)
-    distiller = models.Distiller(teacher, models.build_student(teacher))
-    stem = distiller.student_stem.to(memory_format=models.memory_format(torch.device("cpu")))
-    for module in stem.modules():
+    student = models.to_device(models.build_student(teacher), CPU)
+    for module in student.modules():
         if isinstance(module, nn.BatchNorm2d):  # batch statistics would be the micro-batch's
-            module.eval()
             module.train = lambda mode=True, module=module: module
+    student_body, teacher_body = models.training_bodies(student, teacher)
     if processes > 1:
-        distiller.student_stem = nn.parallel.DistributedDataParallel(stem)
-    index, images = data.load_split(folder, "train")
-    loader = data.train_loader(index, images, {1: 4, 2: 3, 3: 4, 4: 3}[processes], 0, 0)
-    optimizer = torch.optim.SGD([p for p in stem.parameters() if p.requires_grad], lr=0)
+        student_body = nn.parallel.DistributedDataParallel(student_body)
+    micro_batch, _ = train.share_step(12, processes)
+    images, images_folder = data.load_train_split(folder, 128)
+    loader = data.train_loader(images, images_folder, micro_batch, 0, 0, CPU)
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0)
     reports = []
-    train.train(experiment, distiller, teacher.transform, loader, optimizer, train.Progress(),
-                lambda **values: reports.append(values))
+    train.train_epoch(train.FASTERRCNN, train.Run(student, optimizer, None), student_body,
+                      teacher_body, teacher.transform, loader, reports.append, lambda: None)
     if distributed.rank() == 0:
-        grads = {name: p.grad for name, p in stem.named_parameters() if p.grad is not None}
-        torch.save({"loss": reports[0]["loss"], "errors": reports[0]["relative_errors"],
-                    "grads": grads, "steps": len(reports)}, out)
+        grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        torch.save({"reports": reports, "grads": grads}, output)
 
 
-def test_a_step_has_the_same_loss_and_gradient_on_1_2_3_and_4_processes(teachers, tmp_path):
-    # 12 training images of one size, so that no micro-batch is padded
-    data.write_demo_dataset(tmp_path, train=14, val=1, seed=2)
-    file = tmp_path / "annotations" / "instances_train2017.json"
-    content = json.loads(file.read_text())
-    content["images"] = content["images"][:12]
+@pytest.fixture
+def images_of_one_size(own_dataset):
+    """12 training images, so that no micro-batch is padded."""
     generator = torch.Generator().manual_seed(0)
-    for image in content["images"]:
-        image["width"], image["height"] = 128, 96
-        pixels = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=generator)
-        data.to_pil_image(pixels).save(tmp_path / "train2017" / image["file_name"])
-        content["annotations"].append({**content["annotations"][0], "image_id": image["id"]})
-    file.write_text(json.dumps(content))
-    teacher_file, steps = teachers["fasterrcnn"], {}
-    for processes in (None, 2, 3, 4):
-        finish(one_step, tmp_path, teacher_file, tmp_path / "step.pt", processes=processes)
-        steps[processes] = torch.load(tmp_path / "step.pt")
-        assert steps[processes]["steps"] == 1
-    alone = steps[None]
-    for processes, other in steps.items():
-        off = abs(other["loss"] / alone["loss"] - 1)
-        # a bias before a BatchNorm in eval mode has a true gradient, so all can be compared
-        grads_off = max(((other["grads"][name] - grad).norm() / grad.norm()).item()
-                        for name, grad in alone["grads"].items())
-        print(f"\n{processes or 1} processes: loss off by {off:.1e}, gradients by {grads_off:.1e}")
-        assert off < 1e-5 and grads_off < 1e-4
-        assert other["errors"] == pytest.approx(alone["errors"], rel=1e-5)
 
-    # and the loss is (sum over the 12 images) / 3, with a gradient to match
-    index, folder = data.load_split(tmp_path, "train")
-    images = data.CocoImages(index, folder)
-    flips = dict(key for batch in data.GroupedBatches(index, 4, 0, 1) for key in batch)
-    teacher = models.load_teacher("fasterrcnn", teacher_file, 64, 128)
+    def shrink(content):
+        content["images"] = content["images"][:12]
+        for image in content["images"]:
+            image["width"], image["height"] = 128, 96
+            pixels = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=generator)
+            to_pil_image(pixels).save(own_dataset / "train2017" / image["file_name"])
+            content["annotations"].append({**content["annotations"][0], "image_id": image["id"]})
+
+    edit_json(own_dataset / "annotations" / "instances_train2017.json", shrink)
+    return own_dataset
+
+
+def test_a_step_has_the_same_loss_and_gradient_on_1_2_and_3_processes(
+        images_of_one_size, teachers, tmp_path, finish):
+    steps = {}
+    for processes in (None, 2, 3):
+        finish(one_step, images_of_one_size, teachers["fasterrcnn"], tmp_path / "step.pt",
+               world_size=processes)
+        steps[processes] = torch.load(tmp_path / "step.pt")
+    alone = steps[None]
+    [report] = alone["reports"]
+    for processes, step in steps.items():
+        [other] = step["reports"]
+        loss_off = abs(other["loss"] / report["loss"] - 1)
+        # A bias before a BatchNorm in eval mode has a true gradient, so all can be compared.
+        grads_off = max(((step["grads"][name] - grad).norm() / grad.norm()).item()
+                        for name, grad in alone["grads"].items())
+        print(f"\n{processes or 1} processes: loss off by {loss_off:.1e}, grads {grads_off:.1e}")
+        assert loss_off < 1e-5 and grads_off < 1e-4
+        assert other["relative_errors"] == pytest.approx(report["relative_errors"], rel=1e-5)
+
+
+def test_the_loss_is_that_of_twelve_images_by_three(
+        images_of_one_size, teachers, tmp_path, finish):
+    finish(one_step, images_of_one_size, teachers["fasterrcnn"], tmp_path / "step.pt")
+    step = torch.load(tmp_path / "step.pt")
+    images, folder = data.load_train_split(images_of_one_size, 128)
+    dataset = data.CocoImages(images, folder)
+    keys = [key for batch in data.GroupedBatches(images, 4, 0, 1) for key in batch]
+    teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 64, 128)
     torch.manual_seed(0)
     student = models.build_student(teacher)
-    batch = teacher.transform([images[key] / 255 for key in flips.items()])[0].tensors
+    batch = teacher.transform([dataset[key] / 255 for key in keys])[0].tensors
     pairs = zip(student.backbone.body(batch).values(), teacher.backbone.body(batch).values())
     loss = sum(((s - t) ** 2).sum() for s, t in pairs) / 3
     loss.backward()
-    assert alone["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert step["reports"][0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     wanted = student.backbone.body.conv1.weight.grad
-    assert (alone["grads"]["0.weight"] - wanted).norm() < 1e-3 * wanted.norm()
+    assert (step["grads"]["backbone.body.conv1.weight"] - wanted).norm() < 1e-3 * wanted.norm()
 
 
-# ---- whole runs
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def three_processes(dataset, teachers, tmp_path_factory):
     """A whole run of Mask R-CNN under torchrun, on 3 processes: its output folder and its process."""
     folder = tmp_path_factory.mktemp("three")
-    process = run_script("train.py", *flags("maskrcnn", dataset, teachers, folder, "--epochs", 1,
-                                            "--limit-train", 24, "--limit-val", 3), nproc=3)
+    process = torchrun("train.py", *flags("maskrcnn", dataset, teachers, folder, "--epochs", 1,
+                                          "--limit-train", 24, "--limit-val", 2, *SMALL), nproc=3)
     assert process.returncode == 0, process.stderr
     return folder, process
 
@@ -182,155 +188,114 @@ def test_a_run_on_three_processes_reports_what_it_did(three_processes):
     assert step["loss"] == epochs[0]["loss"] > 0 and len(step["relative_errors"]) == 4
     assert step["lr"] == 1e-3 and step["images_per_second"] > 0
     assert 0 <= step["data_wait"] <= 1 and step["hours_left"] == 0
-    log = (folder / "maskrcnn" / "train.log").read_text()
-    for text in ("epoch 0 step 2/2 loss", "relative errors", "img/s", "h left", "data wait", "MiB",
-                 "0.379", "0.336"):
-        assert text in process.stdout and text in log
     assert process.stdout.count("epoch 0 step 2/2") == 1
-    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == sorted(
-        [BEST.format("maskrcnn"), "last.pt", "metrics.jsonl", "train.log"])
+    assert {p.name for p in folder.rglob("*") if p.is_file()} == {
+        BEST.format("maskrcnn"), "last.pt", "metrics.jsonl", "train.log"}
 
 
 def test_only_conv1_and_layer1_have_changed(three_processes, teachers):
     teacher = torch.load(teachers["maskrcnn"])
-    state = torch.load(three_processes[0] / BEST.format("maskrcnn"), weights_only=True)["model"]
+    content = torch.load(three_processes[0] / BEST.format("maskrcnn"), weights_only=True)
+    assert list(content) == ["model", "optimizer", "lr_scheduler", "best_value", "config", "args",
+                             "progress"]
     torch.manual_seed(0)
     start = models.build_student(models.load_teacher("maskrcnn", teachers["maskrcnn"])).state_dict()
-    assert list(state) == list(start)
-    for key, value in state.items():
+    assert list(content["model"]) == list(start)
+    for key, value in content["model"].items():
         trained = key.startswith(("backbone.body.conv1.", "backbone.body.layer1."))
         assert torch.equal(value, start[key]) != trained, key
         assert trained or torch.equal(value, teacher[key]), key
 
 
-@pytest.mark.parametrize("processes", [None, 2, 3])
-def test_the_checkpoint_gives_the_figures_of_its_last_validation(
-        three_processes, dataset, processes):
+def test_the_checkpoint_gives_the_metrics_of_its_last_validation(
+        three_processes, dataset, finish):
     folder = three_processes[0]
-    run = finish(evaluate.main, "--ckpt", folder / BEST.format("maskrcnn"), "--data-dir", dataset,
-                 *SIZE_FLAGS, "--limit-val", 3, processes=processes)
-    validated = records(folder / "maskrcnn", "epoch")[-1]["figures"]
-    assert json.loads(run.out.splitlines()[-1])["student"] == validated
-    assert records(folder / "maskrcnn", "test")[0]["figures"]["student"] == validated
-    assert any(0 < figure < 1 for figure in validated["bbox"])
+    job = finish(evaluate.main, "--ckpt", folder / BEST.format("maskrcnn"), "--data-dir", dataset,
+                 *SIZE_FLAGS, "--limit-val", 2, *SMALL)
+    validated = records(folder / "maskrcnn", "epoch")[-1]["metrics"]
+    assert json.loads(job.out.splitlines()[-1])["student"] == validated
+    assert records(folder / "maskrcnn", "test")[0]["metrics"]["student"] == validated
 
 
-def test_the_same_command_gives_the_same_losses_and_tensors(dataset, teachers, tmp_path):
-    for name, more in (("a", []), ("b", []), ("c", ["--seed", 1])):
-        finish(train.main, *flags("fasterrcnn", dataset, teachers, tmp_path / name, "--epochs", 1,
-                                  "--limit-val", 1, "--limit-train", 12, *more))
-    a, b, c = (records(tmp_path / name / "fasterrcnn", "step")[0]["loss"] for name in "abc")
-    assert a == b != c
+def test_an_experiment_runs_from_python_with_its_layer_weights(
+        dataset, teachers, tmp_path, monkeypatch):
+    """HND: the loss is layer1's alone. The same experiment again gives the same tensors."""
+    hnd = replace(train.FASTERRCNN, layer_weights=(1, 0, 0, 0), bottleneck_channels=6, epochs=1,
+                  **SIZES)
+    terms, ghnd_loss = [], losses.ghnd_loss
+
+    def noted(*args):
+        terms.append(ghnd_loss(*args))
+        return terms[-1]
+
+    monkeypatch.setattr(losses, "ghnd_loss", noted)
+    settings = {"data_dir": dataset, "teacher_ckpt": teachers["fasterrcnn"], "device": "cpu",
+                "workers": 0, "limit_train": 12, "limit_val": 1}
+    for name, experiment in (("a", hnd), ("b", hnd), ("c", replace(hnd, seed=1))):
+        metrics = train.run_experiment(experiment, output_dir=tmp_path / name, **settings)
+    assert set(metrics) == {"teacher", "student", "agreement"}
+    assert all(loss == errors[0] for loss, errors in terms) and len(terms) == 9
+    loss = sum(loss.item() for loss, _ in terms[:3]) / 3
+    assert records(tmp_path / "a" / "fasterrcnn", "step")[0]["loss"] == pytest.approx(loss, rel=1e-6)
     a, b, c = (torch.load(tmp_path / name / BEST.format("fasterrcnn"), weights_only=True)
                for name in "abc")
     assert same(a, b) and not same(a["model"], c["model"])
+    assert a["model"][models.NARROWEST].shape[0] == 6
 
 
-@pytest.mark.parametrize("more, told", [
-    (["--seed", 7], True), ([], True), (["--min-size", 600], False), (["--epochs", 2], False),
-    (["--limit-val", 2], False)])
-def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(
-        more, told, dataset, teachers, tmp_path, call, caplog, monkeypatch):
-    """With a loop that trains nothing and files that are none, so that each epoch is told at once."""
-    def train_nothing(experiment, distiller, transform, loader, optimizer, progress, *_):
-        optimizer.step()
-        progress.step = len(loader)
+def test_a_teacher_of_21_classes_with_another_eps_end_to_end(dataset, tmp_path, call):
+    """A data set of one's own: the number of classes follows from the teacher, then the student.
 
-    saved, load = {}, models.load_checkpoint
-    monkeypatch.setattr(train, "train", train_nothing)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_: ({"bbox": [0.35] * 12}, [], None))
-    monkeypatch.setattr(models, "save_checkpoint", lambda content, path: saved.update({path: content}))
-    monkeypatch.setattr(models, "load_checkpoint", lambda path: saved.get(path) or load(path))
-    with caplog.at_level("INFO", "ghnd"):
-        assert call(train.main, "--arch", "fasterrcnn", "--data-dir", dataset, "--teacher-ckpt",
-                    teachers["fasterrcnn"], "--output-dir", tmp_path, *more) == (0, "")
-    assert ("1.1740e+06" in caplog.text and "0.3545" in caplog.text) == told
-    assert "epoch 1: mean loss 0.0000e+00, box mAP 0.3500, best before 0.3500" in caplog.text
-
-
-def test_bfloat16_is_refused_where_it_would_be_emulated(dataset, teachers, tmp_path, monkeypatch, call):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    told = call(train.main, *flags("fasterrcnn", dataset, teachers, tmp_path, "--amp", "bf16"))
-    assert told == (1, "train.py: error: --amp bf16: this cpu has no bfloat16; leave the flag out\n")
-    for supported in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation, s=supported: s and not including_emulation)
-        assert models.has_bf16(torch.device("cuda")) == supported
-
-
-def test_frozen_layers_cast_once_give_autocasts_maps(teachers):
-    teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], **SIZES)
-    student, batch = models.build_student(teacher), torch.randn(2, 3, 64, 96)
-    once, each_time = (models.Distiller(teacher, student, bf16) for bf16 in (True, False))
-    each_time.bf16 = True  # autocast alone, over float32 weights
-    wanted = each_time(batch)
-    assert same(once(batch), wanted) and wanted[1][3].dtype == torch.bfloat16
-    assert next(once.shared_layers.parameters()).dtype == torch.bfloat16
-    assert {p.dtype for p in once.student_stem.parameters()} == {torch.float32}
-
-
-@pytest.mark.skipif(not models.has_bf16(torch.device("cpu")), reason="this CPU has no bfloat16")
-def test_bfloat16_trains_too(dataset, teachers, tmp_path):
-    finish(train.main, *flags("fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1,
-                              "--limit-train", 12, "--limit-val", 2, "--amp", "bf16"))
-    (step,) = records(tmp_path / "fasterrcnn", "step")
-    assert step["loss"] > 0 and all(0 < e < 3 for e in step["relative_errors"])
-
-
-def test_the_demo_shows_what_it_says(tmp_path, monkeypatch, capfd):
-    process = run_script("train.py", "--demo", "--epochs", 1, "--limit-train", 60, "--limit-val", 2,
-                         cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    steps = records(tmp_path / "demo" / "fasterrcnn", "step")
-    assert [step["step"] for step in steps] == list(range(1, 6))
-    for layer in range(4):
-        assert steps[-1]["relative_errors"][layer] < 0.9 * steps[0]["relative_errors"][layer]
-    assert len(list((tmp_path / "demo" / "pictures").iterdir())) == 2
-    command = process.stdout.splitlines()[-1].split()
-    assert command[:2] == ["python", "evaluate.py"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [*command[1:], "--limit-val", "2"])
-    with pytest.raises(SystemExit, match="0"):
-        distributed.run(evaluate.main)
-    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
-    tested = records(tmp_path / "demo" / "fasterrcnn", "test")[0]["figures"]
-    assert {who: figures[who] for who in tested} == tested  # 32 bits are the student as it is
-    assert [row["bits"] for row in figures["rate"]] == [32, 8, 4, 2]
-
-
-def test_the_weights_of_the_layers_are_the_experiments(dataset, teachers, tmp_path, monkeypatch, call):
-    """With (1, 0, 0, 0), which is HND, the loss is layer1's alone, and so is the gradient."""
-    monkeypatch.setitem(train.EXPERIMENTS, "fasterrcnn",
-                        replace(train.FASTERRCNN, layer_weights=(1, 0, 0, 0)))
-    terms, ghnd_loss = [], losses.ghnd_loss
-    monkeypatch.setattr(losses, "ghnd_loss", lambda *args: terms.append(ghnd_loss(*args)) or terms[-1])
-    common = flags("fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1, "--limit-train", 12,
-                   "--limit-val", 1, "--bottleneck-channels", 6)
-    assert call(train.main, *common) == (0, "")
-    assert all(loss == errors[0] for loss, errors in terms) and len(terms) == 3
-    wanted = sum(loss.item() for loss, _ in terms) / 3
-    assert records(tmp_path / "fasterrcnn", "step")[0]["loss"] == pytest.approx(wanted, rel=1e-6)
-    best = tmp_path / BEST.format("fasterrcnn")
-    assert models.load_student(best)[0].backbone.body.layer1.encoder[7].out_channels == 6
-    assert "published" not in (tmp_path / "fasterrcnn" / "train.log").read_text()
-    told = call(train.main, *common, "--resume", "--bottleneck-channels", 3)
-    assert told[0] == 1 and "with bottleneck_channels 6, not 3" in told[1]
-
-
-def test_a_teacher_of_21_classes_end_to_end(dataset, tmp_path, call, capfd):
-    """A data set of one's own: the number of classes follows from the teacher, then the student."""
+    One of its variances is 0, as where a channel is always 0: eps alone keeps it finite.
+    """
     torch.manual_seed(0)
-    teacher = models.build_detector("fasterrcnn", classes=21)
-    torch.save(teacher.state_dict(), tmp_path / "fasterrcnn.pt")
-    common = flags("fasterrcnn", dataset, {"fasterrcnn": tmp_path / "fasterrcnn.pt"}, tmp_path / "out")
-    assert call(train.main, *common, "--epochs", 1, "--limit-train", 12, "--limit-val", 1) == (0, "")
-    best = tmp_path / "out" / BEST.format("fasterrcnn")
-    student, arch = models.load_student(best)
+    state = models.build_detector("fasterrcnn", classes=21).state_dict()
+    state["backbone.body.layer2.0.bn1.running_var"][3] = 0
+    torch.save(state, tmp_path / "teacher.pt")
+    common = flags("fasterrcnn", dataset, {"fasterrcnn": tmp_path / "teacher.pt"}, tmp_path / "out",
+                   "--epochs", 1, "--limit-train", 12, "--limit-val", 1)
+    status, _, err = call(train.main, *common)
+    assert status == 1 and "layer2.0.bn1 divides by a variance that is not above 0" in err
+    status, out, err = call(train.main, *common, "--teacher-eps", "1e-5")
+    assert status == 0, err
+    assert "AP published" not in out  # nor are there figures to compare with
+    student, arch = models.load_student(tmp_path / "out" / BEST.format("fasterrcnn"))
     assert arch == "fasterrcnn" and student.roi_heads.box_predictor.cls_score.out_features == 21
-    finish(evaluate.main, "--ckpt", best, "--data-dir", dataset, *SIZE_FLAGS, "--limit-val", 1)
 
 
-# ---- what a GPU would show
+@pytest.mark.parametrize("changes, is_told", [
+    ({"seed": 7}, True), ({}, True), ({"min_size": 600}, False)])
+def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(
+        changes, is_told, dataset, teachers, tmp_path, monkeypatch, caplog):
+    """With a loop that trains nothing, and a detector that finds nothing."""
+
+    def train_nothing(experiment, run, *_):
+        run.step = 1
+        run.optimizer.step()
+
+    monkeypatch.setattr(train, "train_epoch", train_nothing)
+    monkeypatch.setattr(evaluate, "whole", lambda detector: lambda image: {
+        "boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)})
+    with caplog.at_level("INFO", "ghnd"):
+        train.run_experiment(
+            replace(train.FASTERRCNN, **changes), data_dir=dataset, output_dir=tmp_path,
+            teacher_ckpt=teachers["fasterrcnn"], device="cpu", workers=0)
+    published = "published: mean loss 1.1740e+06 (of the first 9,001 steps), box AP 0.3545"
+    assert (published in caplog.text) == is_told
+    assert "epoch 1: mean loss 0.0000e+00, box AP 0.0000, best before 0.0000" in caplog.text
+
+
+@pytest.mark.skipif(not models.has_bf16(CPU), reason="this CPU has no bfloat16")
+def test_bfloat16_trains_too(dataset, teachers, tmp_path, call):
+    status, _, err = call(train.main, *flags(
+        "fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1, "--limit-train", 12,
+        "--limit-val", 2, "--amp", "bf16"))
+    assert status == 0, err
+    [step] = records(tmp_path / "fasterrcnn", "step")
+    assert step["loss"] > 0 and all(0 < error < 3 for error in step["relative_errors"])
+
+
+# ---- what a GPU would show -----------------------------------------------------------------------
 
 
 class Copies(TorchFunctionMode):
@@ -341,34 +306,39 @@ class Copies(TorchFunctionMode):
         self.found = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result, to = func(*args, **(kwargs or {})), torch.Tensor.to
-        if func in (to, torch.Tensor.copy_, torch.as_tensor, torch.tensor) and result.is_meta:
+        result = func(*args, **(kwargs or {}))
+        copying = (torch.Tensor.to, torch.Tensor.copy_, torch.as_tensor, torch.tensor)
+        if func in copying and result.is_meta:
             source = args[1] if func is torch.Tensor.copy_ else args[0]
-            on_host = not isinstance(source, torch.Tensor) or not source.is_meta
-            if on_host:
-                self.found.append((func, not (kwargs or {}).get("non_blocking")))
+            if not isinstance(source, torch.Tensor) or not source.is_meta:
+                waits = not (kwargs or {}).get("non_blocking")
+                self.found.append((func, waits))
         return result
 
 
-@pytest.mark.parametrize("placed", [True, False])
-def test_between_log_lines_the_host_never_waits_for_the_device(placed, dataset, monkeypatch):
+@pytest.mark.parametrize("is_placed", [True, False])
+def test_between_log_lines_the_host_never_waits_for_the_device(is_placed, dataset, monkeypatch):
     """On the meta device, which has no values: whatever reads one raises there."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not on meta
-    index, folder = data.load_split(dataset, "train")
-    loader = data.train_loader(index, folder, 3, 0, 0)
+    images, folder = data.load_train_split(dataset, 160)
+    loader = data.train_loader(images, folder, 3, 0, 0, CPU)
     experiment = replace(train.MASKRCNN, images_per_step=6, **SIZES)
     teacher = models.build_detector("maskrcnn", **SIZES)
     student = models.build_student(teacher)
     for detector in (teacher, student):
-        models.to_device(detector, torch.device("meta")) if placed else detector.to("meta")
-    distiller, steps = models.Distiller(teacher, student), []
-    optimizer, _ = train.build_optimizer(distiller.student_stem, experiment)
-    monkeypatch.setattr(distributed, "noted_signal", lambda: steps.append(len(copies.found)) or 0)
+        if is_placed:
+            models.to_device(detector, torch.device("meta"))
+        else:
+            detector.to("meta")
+    run = train.Run(student, *train.build_optimizer(student, experiment))
+    bodies = models.training_bodies(student, teacher)
+    steps = []
+    run.optimizer.register_step_post_hook(lambda *_: steps.append(len(copies.found)))
     with Copies() as copies, pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        train.train(experiment, distiller, teacher.transform, loader, optimizer, train.Progress(),
-                    None, log_every=3)
+        train.train_epoch(
+            experiment, run, *bodies, teacher.transform, loader, None, None, log_every=3)
     assert len(steps) == 3  # the third, which is to be reported, waits
-    if placed:  # each of a step's 6 images crosses once, and nothing else does
+    if is_placed:  # each of a step's 6 images crosses once, and nothing else does
         assert copies.found == [(torch.Tensor.to, False)] * 18 and steps == [6, 12, 18]
     else:  # torchvision copies its two constants for each image
         assert (torch.as_tensor, True) in copies.found and steps == [18, 36, 54]
