@@ -1,0 +1,113 @@
+"""Show the method at work in minutes, on a drawn data set, by the commands that a user types.
+
+    python tests/demo.py [--arch maskrcnn] [--folder DIR]
+
+It draws images, trains a teacher for them, trains a student by train.py, and evaluates both by
+evaluate.py, through fewer and fewer bytes.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import drawn
+import torch
+
+import evaluate
+import models
+import train
+
+MIN_SIZE, MAX_SIZE = 128, 224
+SIZES = ["--min-size", MIN_SIZE, "--max-size", MAX_SIZE]
+TEACHER_STEPS = 150
+BITS = ["32", "8", "4", "2"]
+QUALITIES = ["50", "10", "1"]
+
+
+def run(what, script, *flags):
+    """Print and run a command; return the last line that it prints."""
+    command = ["python", os.path.relpath(ROOT / script), *map(str, flags)]
+    print(f"\n{what}\n\n    {shlex.join(command)}\n", flush=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, *command[2:]], stdout=subprocess.PIPE, text=True)
+    last_line = ""
+    for line in process.stdout:
+        if last_line:
+            print(last_line, end="", flush=True)
+        last_line = line
+    if process.wait():
+        sys.exit(process.returncode)
+    return last_line
+
+
+def make_teacher(arch, folder):
+    """Draw the data set and train its teacher; return their paths."""
+    data_dir, teacher_file = folder / "data", folder / f"teacher_{arch}.pt"
+    shutil.rmtree(data_dir, ignore_errors=True)
+    drawn.write_dataset(data_dir, train=256, val=20)
+    print(f"Drew 256 images to train on and 20 to validate with, in {data_dir}/: red boxes and blue "
+          "ellipses.\nNow a teacher is trained for them, with their labels.\n", flush=True)
+    teacher = drawn.train_teacher(
+        arch, data_dir, TEACHER_STEPS, min_size=MIN_SIZE, max_size=MAX_SIZE)
+    torch.save(teacher.state_dict(), teacher_file)
+    return data_dir, teacher_file
+
+
+def evaluate_untrained(arch, data_dir, teacher_file):
+    """Return the metrics of a student as it is before training."""
+    teacher = models.load_teacher(arch, teacher_file, MIN_SIZE, MAX_SIZE)
+    torch.manual_seed(0)
+    student = models.build_student(teacher)
+    val = evaluate.ValSet(data_dir, student)
+    metrics, _ = evaluate.evaluate(evaluate.whole(student), val, torch.device("cpu"))
+    return metrics
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show GHND at work on a drawn data set.")
+    parser.add_argument("--arch", choices=train.EXPERIMENTS, default="fasterrcnn")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("demo"),
+        help="where everything goes; an earlier demo there is replaced (%(default)s)")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    output_dir = args.folder / "student"
+    shutil.rmtree(output_dir, ignore_errors=True)
+    data_dir, teacher_file = make_teacher(args.arch, args.folder)
+
+    common = ["--data-dir", data_dir, "--teacher-ckpt", teacher_file, *SIZES]
+    run("The student learns to give the teacher's features through 3 channels. No label is used; "
+        "the relative errors of the four layers fall.",
+        "train.py", "--arch", args.arch, *common, "--output-dir", output_dir, "--epochs", 2,
+        "--images-per-step", 4, "--log-every", 10)
+
+    ckpt = train.name_files(output_dir, args.arch).best
+    pictures = args.folder / "pictures"
+    summary = json.loads(run(
+        "The student is split: its head packs an image into bytes, its tail detects from them. With "
+        "fewer bits a value there are fewer bytes. The teacher gets JPEG files for comparison.",
+        "evaluate.py", "--ckpt", ckpt, *common, "--bits", *BITS, "--jpeg", *QUALITIES,
+        "--pictures", pictures))
+
+    untrained = evaluate_untrained(args.arch, data_dir, teacher_file)
+    print("\nIn short:")
+    for iou_type in summary["student"]:
+        print(f"    {iou_type} AP: teacher {summary['teacher'][iou_type][0]:.3f}, student "
+              f"{summary['student'][iou_type][0]:.3f}, before training {untrained[iou_type][0]:.3f}")
+        for row in summary["rate"]:
+            share = row["payload_bytes"] / row["jpeg_bytes"]
+            print(f"    with {row['bits']} bits a value {row['metrics'][iou_type][0]:.3f}, sending "
+                  f"{row['payload_bytes']:.0f} bytes an image, {share:.0%} of its JPEG file")
+    print(f"    annotations, teacher and student side by side: {pictures}/")
+
+
+if __name__ == "__main__":
+    main()
