@@ -205,6 +205,7 @@ def open_output(files: Files, config: dict[str, Any], resume: bool) -> dict[str,
     contents = {path: models.load_checkpoint(path) for path in found}
     for path, content in contents.items():
         check_config(content, config, path)
+    for path in (files.last, files.best):
         for part in path.parent.glob(f".{path.name}.*"):  # left by a kill amid save_checkpoint
             part.unlink()
     last = contents[files.last]

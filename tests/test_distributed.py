@@ -1,9 +1,8 @@
-import os
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
 
 import distributed
 from distributed import InputError
@@ -95,19 +94,8 @@ def test_any_other_error_keeps_its_traceback(world_size, start):
     assert "ValueError: cannot reshape array" in job.err and ": error: " not in job.err
 
 
-def test_an_input_error_under_torchrun_ends_all_three_processes():
-    process = torchrun(__file__, "on_main", "all", nproc=3, timeout=120)
-    assert process.returncode == 1
-    assert process.stderr.count("test_distributed.py: error: the reason\n") == 1
-
-
 def test_scripts_need_nothing_that_windows_lacks():
     """Neither fcntl nor signals that only Unix has."""
     for script in ROOT.glob("*.py"):
         text = script.read_text()
         assert "fcntl" not in text and "SIGUSR" not in text and "os.fork" not in text
-
-
-if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
-    distributed.run(fail)

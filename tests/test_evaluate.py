@@ -69,7 +69,7 @@ def val(dataset):
 def test_results_are_those_of_the_plain_detector(arch, dataset, teachers):
     """Detection for detection those of torchvision's own forward, boxes and masks one by one."""
     teacher = models.load_teacher(arch, teachers[arch], **SIZES)
-    val = evaluate.ValSet(dataset, teacher, 4)
+    val = evaluate.ValSet(dataset, teacher, 3)
     _, results = evaluate.evaluate(evaluate.whole(teacher), val, CPU)
     wanted = []
     for info in val.images:
@@ -243,7 +243,7 @@ def test_the_teacher_gets_what_pillow_recompresses(val):
     assert row["payload_bytes"] == np.mean(sizes) and row["quality"] == 30
 
 
-@pytest.mark.parametrize("processes", [None, 2, 5])
+@pytest.mark.parametrize("processes", [None, 5])
 def test_metrics_are_the_same_on_any_number_of_processes(
         processes, dataset, tmp_path, run_evaluate, one_process):
     summary, _ = run_evaluate("--limit-val", 5, "--save-detections", tmp_path / "r.json",
@@ -266,13 +266,13 @@ def one_process():
 def test_teacher_student_and_agreement_are_printed_and_drawn(
         dataset, teachers, tmp_path, run_evaluate):
     """In pictures of three panels: annotations, teacher, student."""
-    summary, out = run_evaluate("--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 2,
+    summary, out = run_evaluate("--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 1,
                                 "--pictures", tmp_path)
     assert list(summary) == ["teacher", "student", "agreement"]
     numbers = (f"{x:.4f}" for x in summary["agreement"]["segm"])
     for text in ("AP published", "0.379", "0.346", "0.369", "0.336", *numbers):
         assert text in out
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 1
     for path in tmp_path.iterdir():
         picture = data.read_image(path).float()
         bare = Image.open(dataset / "val2017" / path.name).convert("RGB")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHS, BEST, CPU, SIZE_FLAGS, SIZES, edit_json, records, same, torchrun
+from conftest import ARCHS, BEST, CPU, SIZE_FLAGS, SIZES, Job, edit_json, records, same
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms.functional import to_pil_image
@@ -171,16 +171,17 @@ def test_the_loss_is_that_of_twelve_images_by_three(
 
 @pytest.fixture(scope="module")
 def three_processes(dataset, teachers, tmp_path_factory):
-    """A whole run of Mask R-CNN under torchrun, on 3 processes: its output folder and its process."""
+    """A whole run of Mask R-CNN on 3 processes: its output folder, and what it printed."""
     folder = tmp_path_factory.mktemp("three")
-    process = torchrun("train.py", *flags("maskrcnn", dataset, teachers, folder, "--epochs", 1,
-                                          "--limit-train", 24, "--limit-val", 2, *SMALL), nproc=3)
-    assert process.returncode == 0, process.stderr
-    return folder, process
+    job = Job(tmp_path_factory.mktemp("job"), train.main, flags(
+        "maskrcnn", dataset, teachers, folder, "--epochs", 1, "--limit-train", 24, "--limit-val", 2,
+        *SMALL), world_size=3)
+    assert job.wait() == [0, 0, 0], job.err
+    return folder, job.out
 
 
 def test_a_run_on_three_processes_reports_what_it_did(three_processes):
-    folder, process = three_processes
+    folder, out = three_processes
     steps, epochs, tests = (
         records(folder / "maskrcnn", kind) for kind in ("step", "epoch", "test"))
     assert [step["step"] for step in steps] == [2] and len(epochs) == len(tests) == 1
@@ -188,7 +189,7 @@ def test_a_run_on_three_processes_reports_what_it_did(three_processes):
     assert step["loss"] == epochs[0]["loss"] > 0 and len(step["relative_errors"]) == 4
     assert step["lr"] == 1e-3 and step["images_per_second"] > 0
     assert 0 <= step["data_wait"] <= 1 and step["hours_left"] == 0
-    assert process.stdout.count("epoch 0 step 2/2") == 1
+    assert out.count("epoch 0 step 2/2") == 1
     assert {p.name for p in folder.rglob("*") if p.is_file()} == {
         BEST.format("maskrcnn"), "last.pt", "metrics.jsonl", "train.log"}
 
@@ -231,15 +232,15 @@ def test_an_experiment_runs_from_python_with_its_layer_weights(
     monkeypatch.setattr(losses, "ghnd_loss", noted)
     settings = {"data_dir": dataset, "teacher_ckpt": teachers["fasterrcnn"], "device": "cpu",
                 "workers": 0, "limit_train": 12, "limit_val": 1}
-    for name, experiment in (("a", hnd), ("b", hnd), ("c", replace(hnd, seed=1))):
+    for name, experiment in (("a", hnd), ("b", hnd)):
         metrics = train.run_experiment(experiment, output_dir=tmp_path / name, **settings)
     assert set(metrics) == {"teacher", "student", "agreement"}
-    assert all(loss == errors[0] for loss, errors in terms) and len(terms) == 9
+    assert all(loss == errors[0] for loss, errors in terms) and len(terms) == 6
     loss = sum(loss.item() for loss, _ in terms[:3]) / 3
     assert records(tmp_path / "a" / "fasterrcnn", "step")[0]["loss"] == pytest.approx(loss, rel=1e-6)
-    a, b, c = (torch.load(tmp_path / name / BEST.format("fasterrcnn"), weights_only=True)
-               for name in "abc")
-    assert same(a, b) and not same(a["model"], c["model"])
+    a, b = (torch.load(tmp_path / name / BEST.format("fasterrcnn"), weights_only=True)
+            for name in "ab")
+    assert same(a, b)
     assert a["model"][models.NARROWEST].shape[0] == 6
 
 
