@@ -246,6 +246,7 @@ def train_epoch(
     report: Callable[[dict[str, Any]], None],
     save: Callable[[], None],
     amp: str | None = None,
+    compiled: bool = False,
     log_every: int = 100,
     save_every: int = 2000,
 ) -> None:
@@ -256,6 +257,7 @@ def train_epoch(
     report: takes a record every log_every steps. save: writes last.pt, every save_every steps and
         at the end. When either is called, run says how far training has come.
     amp: "bf16" to run both bodies under autocast.
+    compiled: whether to run the loss through torch.compile; the caller does so with the bodies.
     Raises FloatingPointError, on every process, if the loss is no longer finite.
     """
     device = next(student_body.parameters()).device
@@ -266,6 +268,11 @@ def train_epoch(
     # In 2020 each of 3 GPUs summed the errors of 4 images, and gradients were averaged over the
     # GPUs. So a step's loss and gradient are those of (sum over its 12 images) * 4 / 12.
     loss_scale = experiment.reference_batch / experiment.images_per_step
+
+    ghnd_loss, squared_norms = losses.ghnd_loss, losses.squared_norms
+    if compiled:
+        ghnd_loss = torch.compile(ghnd_loss, dynamic=True)
+        squared_norms = torch.compile(squared_norms, dynamic=True)
 
     loader.batch_sampler.epoch = run.epoch
     loader.batch_sampler.first_batch = run.step * accumulation
@@ -290,12 +297,11 @@ def train_epoch(
                     with torch.no_grad():
                         teacher_maps = list(teacher_body(batch).values())
                     student_maps = list(student_body(batch).values())
-                loss, errors = losses.ghnd_loss(
-                    student_maps, teacher_maps, experiment.layer_weights)
+                loss, errors = ghnd_loss(student_maps, teacher_maps, experiment.layer_weights)
                 # Times the processes, because DistributedDataParallel averages over them.
                 (loss * loss_scale * processes).backward()
 
-            sums += torch.stack([errors, losses.squared_norms(teacher_maps)])
+            sums += torch.stack([errors, squared_norms(teacher_maps)])
             del student_maps, teacher_maps  # or they would stay until the next batch has its own
         run.optimizer.step()
 
@@ -353,6 +359,7 @@ def run_experiment(
     teacher_eps: float = 0.0,
     resume: bool = False,
     amp: str | None = None,
+    compiled: bool = False,
     device: str = "auto",
     workers: int = 4,
     limit_train: int | None = None,
@@ -397,6 +404,10 @@ def run_experiment(
         run.load(checkpoint, files.last)
         del checkpoint
     student_body, teacher_body = models.training_bodies(student, teacher, bf16=amp == "bf16")
+    if compiled:
+        # In place, so that no wrapper renames the weights; dynamic, so once for all image sizes.
+        student_body.compile(dynamic=True)
+        teacher_body.compile(dynamic=True)
     if distributed.world_size() > 1:
         student_body = DistributedDataParallel(student_body)
         # BatchNorm's statistics are shared at the end of an epoch and not, as by default, in each
@@ -417,7 +428,7 @@ def run_experiment(
         while run.epoch < experiment.epochs:
             train_epoch(
                 experiment, run, student_body, teacher_body, teacher.transform, loader, report,
-                lambda: run.save(files.last, config), amp, log_every, save_every)
+                lambda: run.save(files.last, config), amp, compiled, log_every, save_every)
             distributed.broadcast_buffers(student.backbone.body.layer1)
             metrics, _ = evaluate.evaluate(
                 evaluate.whole(student.eval()), val, device, workers, f"validation {run.epoch}")
@@ -500,6 +511,10 @@ def parse_args() -> argparse.Namespace:
         help="use only the first N images of train2017")
     parser.add_argument(
         "--amp", choices=["bf16"], help="run both bodies in bfloat16, the loss in float32")
+
+    parser.add_argument(
+        "--compile", action="store_true", dest="compiled",
+        help="fuse both bodies and the loss by torch.compile, which takes minutes at the start")
 
     # These depart from the recipe; not given, they are the experiment's.
     parser.add_argument(

@@ -1,8 +1,10 @@
 import contextlib
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ARCHS, BEST, CPU, SIZE_FLAGS, SIZES, Job, edit_json, records, same
@@ -206,6 +208,43 @@ def test_only_conv1_and_layer1_have_changed(three_processes, teachers):
         trained = key.startswith(("backbone.body.conv1.", "backbone.body.layer1."))
         assert torch.equal(value, start[key]) != trained, key
         assert trained or torch.equal(value, teacher[key]), key
+
+
+def main_without_kernels():
+    """train.main, where torch.compile traces and differentiates, but leaves out the minute or more
+    in which it makes kernels."""
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    train.main()
+    counters = torch._dynamo.utils.counters
+    print("graphs", counters["stats"]["unique_graphs"], "breaks", len(counters["graph_break"]))
+
+
+def test_compiled_training_is_the_same_within_rounding(finish, dataset, teachers, tmp_path):
+    """Three steps of other sizes, with and without --compile; then both runs go on without."""
+    few_steps = ["--images-per-step", 2, "--limit-train", 6, "--limit-val", 1, "--log-every", 1,
+                 *SMALL]
+    reports, content = {}, {}
+    for name, main, more in (
+            ("eager", train.main, []), ("compiled", main_without_kernels, ["--compile"])):
+        folder = tmp_path / name
+        job = finish(main, *flags("fasterrcnn", dataset, teachers, folder, *few_steps, *more),
+                     "--epochs", 1)
+        reports[name] = [[record["loss"], *record["relative_errors"]]
+                         for record in records(folder / "fasterrcnn", "step")]
+        content[name] = models.load_checkpoint(folder / "fasterrcnn" / "last.pt")
+    assert "graphs 4 breaks 0" in job.out  # two bodies, loss and norms; one graph for all sizes
+    assert len(reports["eager"]) == 3
+    np.testing.assert_allclose(reports["compiled"], reports["eager"], rtol=1e-5)
+
+    eager, compiled = content["eager"], content["compiled"]
+    assert list(eager["model"]) == list(compiled["model"])
+    for index, moments in eager["optimizer"]["state"].items():
+        off = compiled["optimizer"]["state"][index]["exp_avg"] - moments["exp_avg"]
+        assert off.norm() <= 1e-3 * moments["exp_avg"].norm()  # the mean gradient
+
+    finish(train.main, *flags("fasterrcnn", dataset, teachers, folder, *few_steps),
+           "--epochs", 2, "--resume")
+    assert records(folder / "fasterrcnn", "epoch")[-1]["epoch"] == 1
 
 
 def test_the_checkpoint_gives_the_metrics_of_its_last_validation(
