@@ -41,6 +41,7 @@ import models
 import train
 
 ORIGINAL, OURS, BF16, LAYOUT = "torchdistill", "ours", "ours, --amp bf16", "ours, other layout"
+COMPILED, COMPILED_BF16 = "ours, --compile", "ours, --compile --amp bf16"
 NOT_FOLDED, FLOOR = "ours, FrozenBatchNorm2d not folded", "floor: the convolutions of ours alone"
 
 # ---- measuring and reporting ---------------------------------------------------------------------
@@ -157,7 +158,10 @@ def make_step(name, device, checkpoint, min_size, max_size, batch):
     with changed:
         for detector in (teacher, student):
             models.to_device(detector, device)
-        bodies = models.training_bodies(student, teacher, bf16=name == BF16)
+        bf16, compiled = name in (BF16, COMPILED_BF16), name in (COMPILED, COMPILED_BF16)
+        bodies = models.training_bodies(student, teacher, bf16=bf16)
+        for body in bodies * compiled:
+            body.compile(dynamic=True)
     experiment = replace(train.FASTERRCNN, images_per_step=batch)
     loader = torch.utils.data.DataLoader(images, batch, collate_fn=list)
     run = train.Run(student, *train.build_optimizer(student, experiment))
@@ -167,7 +171,7 @@ def make_step(name, device, checkpoint, min_size, max_size, batch):
         with changed:
             train.train_epoch(
                 experiment, run, *bodies, teacher.transform, loader, lambda record: None,
-                lambda: None, amp="bf16" if name == BF16 else None)
+                lambda: None, amp="bf16" if bf16 else None, compiled=compiled)
 
     return convolutions(ours) if name == FLOOR else ours
 
@@ -182,7 +186,8 @@ def peak(*what):
 
 
 def bench_step(args, device, folder, row):
-    names = [ORIGINAL, OURS, *[BF16] * args.bf16, LAYOUT, NOT_FOLDED, FLOOR]
+    bf16_names = [BF16, COMPILED_BF16] if args.bf16 else []
+    names = [ORIGINAL, OURS, COMPILED, *bf16_names, LAYOUT, NOT_FOLDED, FLOOR]
     for min_size, max_size, batch in args.sizes + [[800, 1333, 4]] * args.large:
         what = device, args.teacher, min_size, max_size, batch
         steps = [make_step(name, *what) for name in names]
@@ -190,7 +195,7 @@ def bench_step(args, device, folder, row):
         for name, seconds in zip(names, times):
             row(f"{batch} images at {min_size}/{max_size}, {name}", seconds, "s", times[0])
         del steps
-        for name in (ORIGINAL, OURS, *[BF16] * args.bf16):
+        for name in (ORIGINAL, OURS, COMPILED, *bf16_names):
             mib = apart(peak, name, *what)
             original = original or mib
             row(f"{name}, peak memory", mib, "MiB", original)
