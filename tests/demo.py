@@ -27,7 +27,7 @@ import train
 
 MIN_SIZE, MAX_SIZE = 128, 224
 SIZES = ["--min-size", MIN_SIZE, "--max-size", MAX_SIZE]
-TEACHER_STEPS = 150
+TEACHER_STEPS = 130
 BITS = ["32", "8", "4", "2"]
 QUALITIES = ["50", "10", "1"]
 
@@ -52,8 +52,8 @@ def make_teacher(arch, folder):
     """Draw the data set and train its teacher; return their paths."""
     data_dir, teacher_file = folder / "data", folder / f"teacher_{arch}.pt"
     shutil.rmtree(data_dir, ignore_errors=True)
-    drawn.write_dataset(data_dir, train=256, val=20)
-    print(f"Drew 256 images to train on and 20 to validate with, in {data_dir}/: red boxes and blue "
+    drawn.write_dataset(data_dir, train=256, val=16)
+    print(f"Drew 256 images to train on and 16 to validate with, in {data_dir}/: red boxes and blue "
           "ellipses.\nNow a teacher is trained for them, with their labels.\n", flush=True)
     teacher = drawn.train_teacher(
         arch, data_dir, TEACHER_STEPS, min_size=MIN_SIZE, max_size=MAX_SIZE)
@@ -86,8 +86,8 @@ def main():
     common = ["--data-dir", data_dir, "--teacher-ckpt", teacher_file, *SIZES]
     run("The student learns to give the teacher's features through 3 channels. No label is used; "
         "the relative errors of the four layers fall.",
-        "train.py", "--arch", args.arch, *common, "--output-dir", output_dir, "--epochs", 2,
-        "--images-per-step", 4, "--log-every", 10)
+        "train.py", "--arch", args.arch, *common, "--output-dir", output_dir, "--epochs", 6,
+        "--images-per-step", 4, "--limit-train", 84, "--log-every", 10)
 
     ckpt = train.name_files(output_dir, args.arch).best
     pictures = args.folder / "pictures"
