@@ -1,3 +1,4 @@
+import logging
 import sys
 
 import pytest
@@ -44,8 +45,15 @@ def test_too_few_gpus_are_told_by_the_first_process_of_a_machine(monkeypatch):
         assert error.value.on_all_processes == (local_rank > 0)
 
 
-def test_what_is_logged_in_a_block_goes_to_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed.logger, "level", 20)
+@pytest.fixture
+def informative_logger():
+    before = distributed.logger.level
+    distributed.logger.setLevel(logging.INFO)  # this, unlike an assignment, clears logging's cache
+    yield
+    distributed.logger.setLevel(before)
+
+
+def test_what_is_logged_in_a_block_goes_to_its_file(informative_logger, tmp_path):
     with distributed.logging_to(tmp_path / "train.log"):
         distributed.log("within")
     distributed.log("after")
