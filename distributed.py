@@ -57,8 +57,12 @@ def run(main: Callable[[], None]) -> None:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(1)
     if dist.is_initialized():
-        barrier()  # or a process that is early would close connections that others still need
+        # Every process waits for the others, or an early one would close connections that they
+        # still need. The token outlives the group, since torch 2.6 hangs here in a third of all
+        # runs if a thread of gloo frees the tensor while the group is destroyed.
+        token = sum_over_processes(torch.zeros(1))
         dist.destroy_process_group()
+        del token
 
 
 def set_up(device: str = "auto") -> torch.device:
@@ -143,11 +147,6 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
-
-
-def barrier() -> None:
-    """Wait until every process is here. Goes by gloo, so it does not wait for a GPU's work."""
-    sum_over_processes(torch.zeros(1))
 
 
 def broadcast_buffers(module: nn.Module) -> None:
