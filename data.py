@@ -1,4 +1,4 @@
-"""COCO without its labels: which images, in which batches, and their pixels."""
+"""COCO's images: which ones are trained on, in which batches, and their pixels."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +52,9 @@ def read_instances(annotation_file: Path) -> dict[str, Any]:
 
     check_ids(annotation_file, "images", content["images"])
     for i, image in enumerate(content["images"]):
-        if not isinstance(image.get("file_name"), str):
-            raise entry_error(annotation_file, "images", i, image, "file_name", "a text")
+        if not is_below_folder(image.get("file_name")):
+            raise entry_error(annotation_file, "images", i, image, "file_name",
+                              "a path below the image folder")
         for field in ("width", "height"):
             if type(image.get(field)) is not int or image[field] < 1:
                 raise entry_error(
@@ -80,6 +81,14 @@ def check_ids(annotation_file: Path, group: str, entries: list[dict[str, Any]]) 
             unique = f"unique: {group}[{place_of[entry['id']]}] has it too"
             raise entry_error(annotation_file, group, i, entry, "id", unique)
         place_of[entry["id"]] = i
+
+
+def is_below_folder(name: object) -> bool:
+    """Return whether a name stays below the folder to which it is appended."""
+    if not isinstance(name, str):
+        return False
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def is_coordinate(x: object) -> bool:
@@ -109,7 +118,8 @@ def read_train_images(annotation_file: Path) -> list[ImageInfo]:
     """Return the images to train on, by ascending id. Raises InputError as read_instances does.
 
     They are those with an annotation, crowd or not, whose box has a width and a height of more
-    than 1 pixel (torchvision's references, _has_valid_annotation).
+    than 1 pixel (torchvision's references, _has_valid_annotation). The loss reads no label, but the
+    published students saw these images alone.
     """
     content = read_instances(annotation_file)
     usable_ids = set()
@@ -117,7 +127,12 @@ def read_train_images(annotation_file: Path) -> list[ImageInfo]:
         _, _, width, height = annotation["bbox"]
         if width > 1 and height > 1:
             usable_ids.add(annotation["image_id"])
-    return [image for image in image_infos(content) if image.id in usable_ids]
+    images = image_infos(content)
+    usable = [image for image in images if image.id in usable_ids]
+    if len(usable) < len(images):
+        distributed.log(f"{annotation_file}: {len(images) - len(usable)} of {len(images)} images "
+                        "left out, since they have no box of more than a pixel")
+    return usable
 
 
 def load_train_split(
@@ -162,7 +177,8 @@ def check_images(images: Sequence[ImageInfo], folder: Path, max_size: int) -> No
 def read_image(path: Path) -> Tensor:
     """Decode an image file to RGB, (3, h, w) uint8, as Pillow converts it. EXIF is not applied.
 
-    Raises InputError, naming the file, if it is broken, animated, or has more than 8 bits a value.
+    Of 16-bit colours Pillow takes the upper 8 bits.
+    Raises InputError, naming the file, if it is broken, animated, or grey of more than 8 bits.
     """
     try:
         with Image.open(path) as image:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 logger = logging.getLogger("ghnd")
-log = logger.info  # prints on the main process only, once `run` has set it up
+logger.setLevel(logging.INFO)  # for train.log also where `run` was not called
+log = logger.info              # prints on the main process only, once `run` has set it up
 
 
 class InputError(ValueError):

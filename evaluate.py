@@ -39,6 +39,7 @@ PUBLISHED = {    # AP of torchvision's COCO_V1 weights, and of the students (arX
     "maskrcnn": {"teacher": {"bbox": 0.379, "segm": 0.346},
                  "student": {"bbox": 0.369, "segm": 0.336}},
 }
+COCO_VAL_IMAGES = 5000  # in val2017, to which these figures belong
 
 Predict = Callable[[Tensor], dict[str, Tensor]]  # from (3, h, w) in [0, 1] to torchvision's dict
 Results = list[dict[str, Any]]                   # in COCO's format
@@ -553,7 +554,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-eps", type=float, metavar="EPS", default=0.0,
         help="eps of the FrozenBatchNorm2d in --teacher-ckpt: %(default)s, the default, for "
-             "COCO_V1 and what was fine-tuned from it; 1e-5 for others")
+             "COCO_V1 and what was fine-tuned from it; 1e-5 for what torchvision's constructors "
+             "built without COCO_V1")
     parser.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto",
         help="auto is cuda where there is a GPU (%(default)s)")
@@ -610,6 +612,16 @@ def require_writable(file: Path) -> None:
         raise InputError(f"{file} cannot be written: {error}") from error
 
 
+def require_pictures_folder(folder: Path, image_folder: Path) -> None:
+    """Raise InputError if pictures cannot be written to a folder, or would replace the images."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--pictures {folder} cannot be written: {error}") from error
+    if folder.resolve() == image_folder.resolve():
+        raise InputError(f"--pictures {folder} is where the images are; give another folder")
+
+
 def count_parameters(student: nn.Module) -> dict[str, int]:
     """Return how many parameters the head and the whole student have."""
     head, _ = models.split(student)
@@ -617,10 +629,14 @@ def count_parameters(student: nn.Module) -> dict[str, int]:
             "student_parameters": sum(p.numel() for p in student.parameters())}
 
 
-def published_for(student: nn.Module) -> dict[str, dict[str, float]]:
-    """Return the published AP to set beside a student's metrics, if it is of a published kind."""
+def published_for(student: nn.Module, val: ValSet) -> dict[str, dict[str, float]]:
+    """Return the published AP to set beside a student's metrics, if they can be compared.
+
+    That is, if it has COCO's 91 classes and 3 channels, and val is as large as all of val2017.
+    """
     classes = student.roi_heads.box_predictor.cls_score.out_features
-    if (classes, student.backbone.body.layer1.channels) != (91, 3):
+    channels = student.backbone.body.layer1.channels
+    if (classes, channels, len(val.images)) != (91, 3, COCO_VAL_IMAGES):
         return {}
     return PUBLISHED["maskrcnn" if student.roi_heads.has_mask() else "fasterrcnn"]
 
@@ -634,6 +650,8 @@ def main() -> None:
     val = ValSet(args.data_dir, student, args.limit_val)
     if args.save_detections:
         distributed.on_main(require_writable, args.save_detections)
+    if args.pictures:
+        distributed.on_main(require_pictures_folder, args.pictures, val.folder)
     log(f"{args.ckpt}: {arch}, {len(val.images)} images, "
         f"{distributed.world_size()} x {device.type}")
 
@@ -656,7 +674,7 @@ def main() -> None:
     if args.save_detections:
         distributed.on_main(save_detections, results, val.iou_types, args.save_detections)
 
-    log(metrics_table(metrics, published_for(student)))
+    log(metrics_table(metrics, published_for(student, val)))
     summary = dict(metrics)
     if split:
         summary |= {"rate": split, "head": count_parameters(student)}

@@ -63,9 +63,10 @@ def load_teacher(
     """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
 
     path: a checkpoint of a torchvision detector with any number of classes, None to download.
-    eps: of the FrozenBatchNorm2d that the file was trained with: 0 for COCO_V1 and what was
-        fine-tuned from it, else torchvision's 1e-5. It is added to the variances here, so that
-        every detector in this code, and every file it writes, has eps 0.
+    eps: of the FrozenBatchNorm2d that the file was trained with: 0 for COCO_V1, what was fine-tuned
+        from it, and build_detector; 1e-5 for what torchvision's constructors built without these
+        weights. It is added to the variances here, so that every detector in this code, and every
+        file it writes, has eps 0.
     Raises InputError if the weights cannot be had or do not fit.
     """
     if path is None:
@@ -146,9 +147,11 @@ class Bottleneck(nn.Module):
 def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module:
     """Return the teacher with a copy of its conv1 and a new Bottleneck as layer1, in eval mode.
 
-    Only these two are trainable. All other modules with weights are the teacher's own objects, so
-    the two detectors together take little more memory than one.
+    teacher: a Faster or Mask R-CNN with torchvision's ResNet-50 FPN backbone; it is frozen here.
+    Only the two new modules are trainable. All others with weights are the teacher's own objects,
+    so the two detectors together take little more memory than one.
     """
+    teacher.eval().requires_grad_(False)
     body = teacher.backbone.body
     shared = [body.bn1, body.layer1, body.layer2, body.layer3, body.layer4,
               teacher.backbone.fpn, teacher.rpn, teacher.roi_heads]
@@ -187,7 +190,10 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether a device computes in bfloat16 itself: emulated, it is slower than float32."""
+    """Return whether to let a device compute in bfloat16: emulated, it is slower than float32.
+
+    On CPUs, this is whether oneDNN does; some with AVX512, but without AVX512_BF16, emulate it.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -111,7 +111,7 @@ class Run:
     optimizer: torch.optim.Adam
     scheduler: MultiStepLR
     epoch: int = 0         # that is being trained or validated, counted from 0
-    step: int = 0          # steps of this epoch that are done
+    step: int = 0          # steps of this epoch that are done, as of the last record
     loss_sum: float = 0.0  # over these steps
     best_box_ap: float = -math.inf
 
@@ -187,22 +187,24 @@ def name_files(output_dir: Path, arch: str) -> Files:
 def open_output(files: Files, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
     """Make a run's folder; return last.pt's content if there is a run to resume, else None.
 
-    Raises InputError if the folder holds a checkpoint of another run or, without `resume`, of any.
+    Raises InputError if the folder holds a checkpoint of another run or, without `resume`, anything
+    of any: a new run's records would be appended to the old one's.
     """
     try:
         files.last.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output-dir {files.best.parent}: {error}") from error
-    found = [path for path in (files.last, files.best) if path.exists()]
-    if not found:
-        return None
-    if not resume:
+    found = [path for path in (files.last, files.best, files.metrics) if path.exists()]
+    if found and not resume:
         raise InputError(f"{found[0]} is there; go on with its run by --resume, or give another "
                          "--output-dir")
+    checkpoints = [path for path in found if path != files.metrics]
+    if not checkpoints:
+        return None
     if not files.last.exists():
         raise InputError(f"{files.best} is there, but no {files.last}, from which its run could be "
                          "resumed; move it away, or give another --output-dir")
-    contents = {path: models.load_checkpoint(path) for path in found}
+    contents = {path: models.load_checkpoint(path) for path in checkpoints}
     for path, content in contents.items():
         check_config(content, config, path)
     for path in (files.last, files.best):
@@ -215,7 +217,7 @@ def open_output(files: Files, config: dict[str, Any], resume: bool) -> dict[str,
 
 
 def check_config(content: dict[str, Any], config: dict[str, Any], path: Path) -> None:
-    """Raise InputError if a checkpoint is of a run with other settings; epochs may be added."""
+    """Raise InputError if a checkpoint is of a run with other settings, but for its epochs."""
     before = content.get("config")
     if not isinstance(before, dict) or "progress" not in content:
         raise InputError(f"{path} is not of a run of this train.py; move it away, or give another "
@@ -254,8 +256,9 @@ def train_epoch(
 
     student_body, teacher_body: models.training_bodies; the former may be wrapped for DDP.
     transform: the detector's. loader: data.train_loader's.
-    report: takes a record every log_every steps. save: writes last.pt, every save_every steps and
-        at the end. When either is called, run says how far training has come.
+    save: writes last.pt, every save_every steps and at the end. report: takes a record every
+        log_every steps and before each save. When either is called, run says how far training has
+        come.
     amp: "bf16" to run both bodies under autocast.
     compiled: whether to run the loss through torch.compile; the caller does so with the bodies.
     Raises FloatingPointError, on every process, if the loss is no longer finite.
@@ -277,7 +280,8 @@ def train_epoch(
     loader.batch_sampler.epoch = run.epoch
     loader.batch_sampler.first_batch = run.step * accumulation
     batches = data.iterate(loader)
-    sums = torch.zeros(2, 4, dtype=torch.float64, device=device)  # squared errors; squared norms
+    sums = torch.zeros(  # squared errors; squared norms of the teacher's maps
+        2, len(experiment.layer_weights), dtype=torch.float64, device=device)
     waited, begin = 0.0, time.perf_counter()
     student_body.train()
     for step in range(run.step + 1, steps + 1):
@@ -309,7 +313,7 @@ def train_epoch(
         if is_saved or step % log_every == 0:
             # The only place in the loop that waits for the device.
             errors, norms = distributed.sum_over_processes(sums)
-            count = step - run.step
+            count = step - run.step  # steps since the last record
             layer_weights = errors.new_tensor(experiment.layer_weights)
             mean_loss = (layer_weights @ errors).item() * loss_scale / count
             if not math.isfinite(mean_loss):
@@ -327,8 +331,9 @@ def train_epoch(
                 "relative_errors": (errors / norms).tolist(),
                 "lr": run.optimizer.param_groups[0]["lr"],
                 "images_per_second": experiment.images_per_step / seconds,
-                "data_wait": waited / count / seconds,
+                "data_wait": waited / count / seconds,  # share of the time
                 "gpu_memory_mib": torch.cuda.max_memory_allocated() / 2**20,
+                # Of training alone, without validation.
                 "hours_left": seconds / 3600 * (steps * (experiment.epochs - run.epoch) - step),
             })
             if is_saved:
@@ -376,7 +381,7 @@ def run_experiment(
     if amp == "bf16" and not models.has_bf16(device):
         raise InputError(f"--amp bf16: this {device.type} has no bfloat16; leave the flag out",
                          on_all_processes=True)
-    micro_batch, accumulation = distributed.on_main(
+    micro_batch, accumulation = distributed.on_main(  # whose errors are told once
         share_step, experiment.images_per_step, distributed.world_size())
 
     images, folder = data.load_train_split(data_dir, experiment.max_size, limit_train)
@@ -419,7 +424,7 @@ def run_experiment(
         append_record(files.metrics, record)
 
     is_full_recipe = (replace(experiment, seed=0) == EXPERIMENTS[experiment.arch]
-                      and evaluate.published_for(student)
+                      and evaluate.published_for(student, val)
                       and not (limit_train or limit_val or amp))
     with distributed.logging_to(files.log):
         log(f"{experiment.arch} on {device}, from epoch {run.epoch}, step {run.step} on: "
@@ -427,18 +432,26 @@ def run_experiment(
             f"{accumulation} micro-batches x {micro_batch} images")
         while run.epoch < experiment.epochs:
             train_epoch(
-                experiment, run, student_body, teacher_body, teacher.transform, loader, report,
-                lambda: run.save(files.last, config), amp, compiled, log_every, save_every)
+                experiment, run, student_body, teacher_body, teacher.transform, loader,
+                report=report, save=lambda: run.save(files.last, config), amp=amp,
+                compiled=compiled, log_every=log_every, save_every=save_every)
             distributed.broadcast_buffers(student.backbone.body.layer1)
             metrics, _ = evaluate.evaluate(
                 evaluate.whole(student.eval()), val, device, workers, f"validation {run.epoch}")
             published = PUBLISHED[experiment.arch][run.epoch] if is_full_recipe else None
             report_epoch(run, metrics, files.metrics, published)
-            if metrics["bbox"][0] > run.best_box_ap:
+            if is_best(run, metrics):
                 run.best_box_ap = metrics["bbox"][0]
                 run.save(files.best, config)
             run.start_next_epoch()
         return test(student, teacher, val, device, workers, files)
+
+
+def is_best(run: Run, metrics: evaluate.Metrics) -> bool:
+    """Return whether a validated epoch's student replaces the best one so far."""
+    box_ap = metrics["bbox"][0]
+    nothing_to_find = box_ap < 0  # COCO's -1; with nothing to choose by, the newest is taken
+    return box_ap > run.best_box_ap or nothing_to_find
 
 
 def report_epoch(
@@ -458,7 +471,7 @@ def report_epoch(
             f"{published_box_ap or 'no better than before'}")
     append_record(metrics_file, {
         "kind": "epoch", "epoch": run.epoch, "loss": loss, "metrics": metrics,
-        "best": box_ap > run.best_box_ap})
+        "best": is_best(run, metrics)})
 
 
 def test(
@@ -482,7 +495,7 @@ def test(
         "agreement": evaluate.agreement(val, student_results, teacher_results),
     }
     append_record(files.metrics, {"kind": "test", "metrics": metrics})
-    log(f"{files.best}\n{evaluate.metrics_table(metrics, evaluate.published_for(student))}")
+    log(f"{files.best}\n{evaluate.metrics_table(metrics, evaluate.published_for(student, val))}")
     return metrics
 
 
@@ -511,7 +524,6 @@ def parse_args() -> argparse.Namespace:
         help="use only the first N images of train2017")
     parser.add_argument(
         "--amp", choices=["bf16"], help="run both bodies in bfloat16, the loss in float32")
-
     parser.add_argument(
         "--compile", action="store_true", dest="compiled",
         help="fuse both bodies and the loss by torch.compile, which takes minutes at the start")

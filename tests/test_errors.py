@@ -103,6 +103,7 @@ REFUSALS = [
     (lambda p: publish(p.best), train, TRAIN, "{best} is there"),
     (lambda p: publish(p.best), train, TRAIN + " --resume", "{best} is there, but no {last}"),
     (lambda p: publish(p.last), train, TRAIN, "{last} is there; go on with its run by --resume"),
+    (lambda p: publish(p.last.with_name("metrics.jsonl")), train, TRAIN, "metrics.jsonl is there"),
     (lambda p: publish(p.last), train, TRAIN + " --resume", "{last} is not of a run of this train"),
     (lambda p: cut(p.val_image), evaluate, EVALUATE + " --ckpt {student}",
      "image {val_image} cannot be decoded"),
@@ -110,6 +111,11 @@ REFUSALS = [
     (lambda p: p.x.write_bytes(p.student.read_bytes()[:99_999]), evaluate, EVALUATE,
      "checkpoint {x} was refused"),
     (None, evaluate, EVALUATE + " --ckpt {student} --save-detections {tmp}", "{tmp} cannot be"),
+    (None, evaluate, EVALUATE + " --ckpt {student} --pictures {data}/val2017", "where the images are"),
+    (None, evaluate, EVALUATE + " --ckpt {student} --pictures {image}", "{image} cannot be written"),
+    *((lambda p, name=name: edit_json(p.val, lambda c: c["images"][0].update(file_name=name)),
+       evaluate, EVALUATE + " --ckpt {student}", f'its file_name is "{name}", not a path below')
+      for name in ("/tmp/a.jpg", "../a.jpg")),
     (lambda p: edit_json(p.val, lambda c: c["annotations"][1].update(segmentation=[])), evaluate,
      EVALUATE + " --ckpt {masks}", "{val}: annotations[1]"),
 ]

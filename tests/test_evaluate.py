@@ -192,6 +192,7 @@ def test_rates_have_the_accuracy_of_torchdistills_quantizer(
     flags = ("--limit-val", 2, "--bits", 8, 1, "--jpeg", 90, 2, "--teacher-ckpt",
              teachers["fasterrcnn"])
     summary, out = run_evaluate(*flags, arch="fasterrcnn")
+    assert "AP published" not in out  # of other images
     student, _ = models.load_student(checkpoints["fasterrcnn"], **SIZES)
     models.to_device(student, CPU)
     val = evaluate.ValSet(dataset, student, 2)
@@ -264,10 +265,14 @@ def one_process():
 
 
 def test_teacher_student_and_agreement_are_printed_and_drawn(
-        dataset, teachers, tmp_path, run_evaluate):
+        dataset, checkpoints, teachers, tmp_path, call, monkeypatch):
     """In pictures of three panels: annotations, teacher, student."""
-    summary, out = run_evaluate("--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 1,
-                                "--pictures", tmp_path)
+    monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", 1)
+    status, out, err = call(
+        evaluate.main, "--ckpt", checkpoints["maskrcnn"], "--data-dir", dataset, *SIZE_FLAGS,
+        "--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 1, "--pictures", tmp_path)
+    assert status == 0, err
+    summary = json.loads(out.splitlines()[-1])
     assert list(summary) == ["teacher", "student", "agreement"]
     numbers = (f"{x:.4f}" for x in summary["agreement"]["segm"])
     for text in ("AP published", "0.379", "0.346", "0.369", "0.336", *numbers):
@@ -372,7 +377,7 @@ def test_what_can_be_repaired_gives_the_right_metrics(own_dataset, perfect, edit
 
 @pytest.mark.parametrize("group, field, value, expected", [
     ("images", "id", "7", "a whole number"), ("images", "id", 1, "unique: images[0] has it too"),
-    ("images", "file_name", None, "a text"), ("images", "width", 0, "a whole number of pixels"),
+    ("images", "file_name", None, "a path below the image folder"), ("images", "width", 0, "a whole number of pixels"),
     ("images", "height", 99.5, "a whole number of pixels"),
     ("categories", "id", "2", "a whole number"), ("categories", "id", 1, "unique: categories"),
     ("annotations", "image_id", "2", "a whole number"),

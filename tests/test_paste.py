@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SIZES, same
 from pycocotools.coco import COCO
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 import data
 import evaluate
@@ -86,9 +87,16 @@ def test_the_bottleneck():
 
 
 def test_the_student(teacher, student):
-    pasted = cut_out("the student of any torchvision detector")
+    pasted = cut_out("the student of torchvision's ResNet-50 FPN detectors")
     torch.manual_seed(0)
     assert same(pasted["build_student"](teacher).state_dict(), student.state_dict())
+
+    theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).train()  # all is trainable
+    student = pasted["build_student"](theirs)
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in student.named_parameters()
+                       if name.startswith(("backbone.body.conv1.", "backbone.body.layer1."))}
+    assert not student.training and not theirs.training
 
 
 def test_folded_frozen_batch_norm(teacher):

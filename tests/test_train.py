@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from distributed import InputError
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_training.json").read_text())
 
-
+VAL_IMAGES = 11  # of the data set of conftest.py
 SMALL = ["--min-size", "64", "--max-size", "96"]
 
 
@@ -279,6 +280,7 @@ def test_an_experiment_runs_from_python_with_its_layer_weights(
     a, b = (torch.load(tmp_path / name / BEST.format("fasterrcnn"), weights_only=True)
             for name in "ab")
     assert same(a, b)
+    assert "epoch 0: mean loss" in (tmp_path / "a" / "fasterrcnn" / "train.log").read_text()
     assert a["model"][models.NARROWEST].shape[0] == 6
 
 
@@ -302,17 +304,27 @@ def test_a_teacher_of_21_classes_with_another_eps_end_to_end(dataset, tmp_path, 
     assert arch == "fasterrcnn" and student.roi_heads.box_predictor.cls_score.out_features == 21
 
 
-@pytest.mark.parametrize("changes, is_told", [
-    ({"seed": 7}, True), ({}, True), ({"min_size": 600}, False)])
+@pytest.mark.parametrize("before, box_ap, is_best", [
+    (-math.inf, 0.0, True), (0.2, 0.3, True), (0.3, 0.3, False), (0.3, 0.2, False),
+    (-math.inf, -1.0, True), (-1.0, -1.0, True)])
+def test_the_best_epoch_is_the_newest_one_where_nothing_is_annotated(before, box_ap, is_best):
+    run = train.Run(None, None, None, best_box_ap=before)
+    assert train.is_best(run, {"bbox": [box_ap]}) == is_best
+
+
+@pytest.mark.parametrize("changes, val_images, is_told", [
+    ({"seed": 7}, VAL_IMAGES, True), ({}, VAL_IMAGES, True), ({"min_size": 600}, VAL_IMAGES, False),
+    ({}, 5000, False)])
 def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(
-        changes, is_told, dataset, teachers, tmp_path, monkeypatch, caplog):
+        changes, val_images, is_told, dataset, teachers, tmp_path, monkeypatch, caplog):
     """With a loop that trains nothing, and a detector that finds nothing."""
 
-    def train_nothing(experiment, run, *_):
+    def train_nothing(experiment, run, *_, **__):
         run.step = 1
         run.optimizer.step()
 
     monkeypatch.setattr(train, "train_epoch", train_nothing)
+    monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", val_images)
     monkeypatch.setattr(evaluate, "whole", lambda detector: lambda image: {
         "boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)})
     with caplog.at_level("INFO", "ghnd"):
