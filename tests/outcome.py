@@ -49,17 +49,17 @@ class Plan:
     """How much is trained and evaluated."""
 
     train_images: int = 256
-    val_images: int = 32
-    teacher_steps: int = 400
-    epochs: int = 2
+    val_images: int = 48
+    teacher_steps: int = 600
+    epochs: int = 3
     seeds: tuple[int, ...] = (0, 1, 2)
-    other_channels: tuple[int, ...] = (1, 6, 12)  # besides 3, with the first seed only
+    other_channels: tuple[int, ...] = (1, 6, 12)  # besides 3
     bits: tuple[int, ...] = (8, 6, 4, 3, 2, 1)
     other_bits: tuple[int, ...] = (8, 4, 2)       # of the students with other channels
     qualities: tuple[int, ...] = (50, 10, 5, 1)
 
 
-QUICK = Plan(train_images=64, val_images=12, teacher_steps=60, epochs=1, seeds=(0, 1),
+QUICK = Plan(train_images=128, val_images=12, teacher_steps=150, epochs=2, seeds=(0, 1),
              other_channels=(6,), bits=(8, 4), other_bits=(4,), qualities=(10,))
 
 
@@ -77,7 +77,8 @@ def list_students(plan):
                 for seed in plan.seeds for row, experiment in rows.items()]
     for channels in plan.other_channels:
         row = f"GHND, this code, {channels} channel{'s' * (channels > 1)}"
-        students.append((row, replace(base, bottleneck_channels=channels, seed=plan.seeds[0])))
+        experiment = replace(base, bottleneck_channels=channels)
+        students += [(row, replace(experiment, seed=seed)) for seed in plan.seeds]
     return students
 
 

@@ -377,7 +377,8 @@ def test_what_can_be_repaired_gives_the_right_metrics(own_dataset, perfect, edit
 
 @pytest.mark.parametrize("group, field, value, expected", [
     ("images", "id", "7", "a whole number"), ("images", "id", 1, "unique: images[0] has it too"),
-    ("images", "file_name", None, "a path below the image folder"), ("images", "width", 0, "a whole number of pixels"),
+    ("images", "file_name", None, "a path below the image folder"),
+    ("images", "width", 0, "a whole number of pixels"),
     ("images", "height", 99.5, "a whole number of pixels"),
     ("categories", "id", "2", "a whole number"), ("categories", "id", 1, "unique: categories"),
     ("annotations", "image_id", "2", "a whole number"),
