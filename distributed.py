@@ -94,6 +94,8 @@ def set_up(device: str = "auto") -> torch.device:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend, store=dist.PrefixStore(attempt, store), rank=rank(), world_size=world_size())
+        # With torch 2.6 the others may still be connecting, which one that fails now would break.
+        sum_over_processes(torch.zeros(1))
     return torch.device(device)
 
 
