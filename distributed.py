@@ -59,8 +59,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
     if dist.is_initialized():
         # Every process waits for the others, or an early one would close connections that they
-        # still need. The token outlives the group, since torch 2.6 hangs here in a third of all
-        # runs if a thread of gloo frees the tensor while the group is destroyed.
+        # still need. The token outlives the group, since torch 2.6 can hang where a thread of gloo
+        # frees the tensor while the group is destroyed.
         token = sum_over_processes(torch.zeros(1))
         dist.destroy_process_group()
         del token

@@ -612,14 +612,15 @@ def require_writable(file: Path) -> None:
         raise InputError(f"{file} cannot be written: {error}") from error
 
 
-def require_pictures_folder(folder: Path, image_folder: Path) -> None:
-    """Raise InputError if pictures cannot be written to a folder, or would replace the images."""
+def require_pictures_folder(folder: Path, data_dir: Path) -> None:
+    """Raise InputError if pictures cannot be written to a folder, or could replace the images."""
+    for split in ("train2017", "val2017"):
+        if folder.resolve().is_relative_to((data_dir / split).resolve()):
+            raise InputError(f"--pictures {folder} is where the images are; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--pictures {folder} cannot be written: {error}") from error
-    if folder.resolve() == image_folder.resolve():
-        raise InputError(f"--pictures {folder} is where the images are; give another folder")
 
 
 def count_parameters(student: nn.Module) -> dict[str, int]:
@@ -651,7 +652,7 @@ def main() -> None:
     if args.save_detections:
         distributed.on_main(require_writable, args.save_detections)
     if args.pictures:
-        distributed.on_main(require_pictures_folder, args.pictures, val.folder)
+        distributed.on_main(require_pictures_folder, args.pictures, args.data_dir)
     log(f"{args.ckpt}: {arch}, {len(val.images)} images, "
         f"{distributed.world_size()} x {device.type}")
 

@@ -381,7 +381,8 @@ def run_experiment(
     if amp == "bf16" and not models.has_bf16(device):
         raise InputError(f"--amp bf16: this {device.type} has no bfloat16; leave the flag out",
                          on_all_processes=True)
-    micro_batch, accumulation = distributed.on_main(  # whose errors are told once
+    # On the main process, so that an error is told once.
+    micro_batch, accumulation = distributed.on_main(
         share_step, experiment.images_per_step, distributed.world_size())
 
     images, folder = data.load_train_split(data_dir, experiment.max_size, limit_train)
@@ -425,7 +426,7 @@ def run_experiment(
 
     is_full_recipe = (replace(experiment, seed=0) == EXPERIMENTS[experiment.arch]
                       and evaluate.published_for(student, val)
-                      and not (limit_train or limit_val or amp))
+                      and not (limit_train or amp))
     with distributed.logging_to(files.log):
         log(f"{experiment.arch} on {device}, from epoch {run.epoch}, step {run.step} on: "
             f"{len(images)} images; a step is {distributed.world_size()} processes x "

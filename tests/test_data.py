@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -82,6 +84,19 @@ def palette_with_transparency(image):
     image = image.quantize(16)
     image.info["transparency"] = 3
     return image
+
+
+def test_of_16_bit_colours_the_upper_bits_are_taken(tmp_path):
+    def chunk(name, content):
+        return (struct.pack(">I", len(content)) + name + content
+                + struct.pack(">I", zlib.crc32(name + content)))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)  # a pixel of RGB with 16 bits a value
+    pixel = struct.pack(">BHHH", 0, 40000, 300, 65535)
+    path = tmp_path / "x.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                     + chunk(b"IDAT", zlib.compress(pixel)) + chunk(b"IEND", b""))
+    assert data.read_image(path).flatten().tolist() == [40000 >> 8, 300 >> 8, 65535 >> 8]
 
 
 @pytest.mark.parametrize("name, convert", [

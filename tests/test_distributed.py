@@ -1,4 +1,4 @@
-import logging
+import subprocess
 import sys
 
 import pytest
@@ -45,18 +45,17 @@ def test_too_few_gpus_are_told_by_the_first_process_of_a_machine(monkeypatch):
         assert error.value.on_all_processes == (local_rank > 0)
 
 
-@pytest.fixture
-def informative_logger():
-    before = distributed.logger.level
-    distributed.logger.setLevel(logging.INFO)  # this, unlike an assignment, clears logging's cache
-    yield
-    distributed.logger.setLevel(before)
+LOGGING = """
+import pathlib, sys, distributed
+with distributed.logging_to(pathlib.Path(sys.argv[1])):
+    distributed.log("within")
+distributed.log("after")
+"""
 
 
-def test_what_is_logged_in_a_block_goes_to_its_file(informative_logger, tmp_path):
-    with distributed.logging_to(tmp_path / "train.log"):
-        distributed.log("within")
-    distributed.log("after")
+def test_what_is_logged_in_a_block_goes_to_its_file(tmp_path):
+    """In a Python of its own, whose logging nothing has set up."""
+    subprocess.run([sys.executable, "-c", LOGGING, tmp_path / "train.log"], check=True)
     assert (tmp_path / "train.log").read_text().splitlines()[0].endswith(" within")
     assert "after" not in (tmp_path / "train.log").read_text()
 

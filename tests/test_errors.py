@@ -111,8 +111,9 @@ REFUSALS = [
     (lambda p: p.x.write_bytes(p.student.read_bytes()[:99_999]), evaluate, EVALUATE,
      "checkpoint {x} was refused"),
     (None, evaluate, EVALUATE + " --ckpt {student} --save-detections {tmp}", "{tmp} cannot be"),
-    (None, evaluate, EVALUATE + " --ckpt {student} --pictures {data}/val2017", "where the images are"),
-    (None, evaluate, EVALUATE + " --ckpt {student} --pictures {image}", "{image} cannot be written"),
+    *((None, evaluate, EVALUATE + " --ckpt {student} --pictures {data}/" + folder, "where the images are")
+      for folder in ("val2017", "train2017/drawn")),
+    (lambda p: p.x.touch(), evaluate, EVALUATE + " --ckpt {student} --pictures {x}/y", "{x}/y cannot be written"),
     *((lambda p, name=name: edit_json(p.val, lambda c: c["images"][0].update(file_name=name)),
        evaluate, EVALUATE + " --ckpt {student}", f'its file_name is "{name}", not a path below')
       for name in ("/tmp/a.jpg", "../a.jpg")),
