@@ -1,31 +1,30 @@
-"""Helpers that do the same on one process and on several, and errors that name what a user can fix.
+"""What the scripts share: errors for users, logging, one or several processes, common flags.
 
 Started by torchrun, a script runs in several processes that know their number from RANK and
-WORLD_SIZE; started by python, in one.
+WORLD_SIZE; started by python, in one. Every function here does the right thing in both cases.
 """
 
+import argparse
 import contextlib
-import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-logger = logging.getLogger("ghnd")
-logger.setLevel(logging.INFO)  # for train.log also where `run` was not called
-log = logger.info              # prints on the main process only, once `run` has set it up
+# ---- errors and logging --------------------------------------------------------------------------
 
 
 class InputError(ValueError):
-    """Something that a user gave is wrong: a flag, a file, a folder.
+    """Something that a user gave is wrong: a flag, a file, a folder, a disk.
 
     The message names it, and says what was found, what was expected and what to do.
-    on_all_processes: whether every process raises it, so that only the first should tell it.
+    on_all_processes: whether every process raises it, so that only the main process prints it.
     """
 
     def __init__(self, message: str, on_all_processes: bool = False) -> None:
@@ -33,30 +32,70 @@ class InputError(ValueError):
         self.on_all_processes = on_all_processes
 
 
-def rank() -> int:
-    """Return this process's number, from 0; 0 is called the main process."""
-    return int(os.environ.get("RANK", 0))
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError within the block into an InputError that names the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def world_size() -> int:
-    """Return the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+log_file: TextIO | None = None  # the open log of a run, set by logging_to
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main function, with one line and exit status 1 for an InputError.
+def log(text: str) -> None:
+    """Print a line on the main process and, within logging_to, append it to the run's log."""
+    if rank() > 0:
+        return
+    print(text, flush=True)
+    if log_file is not None:
+        with writing(Path(log_file.name)):
+            log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            log_file.flush()
 
-    Every other exception keeps its traceback. Where one of several processes fails alone, torchrun
-    ends the others, which may print tracebacks of lost connections: these only follow from it.
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Append what the main process logs within the block to a file, too, with the time."""
+    global log_file
+    if rank() > 0:
+        yield
+        return
+    with writing(path):
+        file = path.open("a", encoding="utf-8", errors="backslashreplace")
+    log_file = file
+    try:
+        yield
+    finally:
+        log_file = None
+        with contextlib.suppress(OSError):  # a full disk has been reported by `log` already
+            file.close()
+
+
+def run(main: Callable[[], Any], if_interrupted: str = "stopped") -> None:
+    """Run a script's main function; print one line and exit with status 1 for an InputError.
+
+    Ctrl-C prints if_interrupted and exits with status 130. Every other exception keeps its
+    traceback. Where one of several processes fails alone, torchrun ends the others, which may print
+    tracebacks of lost connections.
     """
-    logger.addHandler(logging.StreamHandler(sys.stdout))
-    logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams have no encoding of their own
+            stream.reconfigure(errors="backslashreplace")
+    script = Path(sys.argv[0]).name
     try:
         main()
     except InputError as error:
         if rank() == 0 or not error.on_all_processes:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            # A DataLoader wraps what its workers raise into their traceback, which ends with it.
+            message = str(error).rpartition("InputError: ")[2].strip()
+            print(f"{script}: error: {message}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(f"{script}: {if_interrupted}", file=sys.stderr)
+        sys.exit(130)
     if dist.is_initialized():
         # Every process waits for the others, or an early one would close connections that they
         # still need. The token outlives the group, since torch 2.6 can hang where a thread of gloo
@@ -66,24 +105,31 @@ def run(main: Callable[[], None]) -> None:
         del token
 
 
+# ---- set-up --------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """Return this process's number, from 0; process 0 is called the main process."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def set_up(device: str = "auto") -> torch.device:
     """Choose this process's device and, if there are several processes, join them.
 
     device: "cuda", "cpu", or "auto", which is "cuda" where there is a GPU.
-    Raises InputError if there are fewer GPUs than processes on this machine.
+    Raises InputError if the environment is only half that of torchrun, or if there are fewer GPUs
+    than processes on this machine.
     """
+    check_environment()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        gpus = torch.cuda.device_count()
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if gpus < processes_here:
-            raise InputError(
-                f"--device cuda: this machine has {gpus} GPUs for {processes_here} processes; "
-                "lower --nproc_per_node, or use --device cpu",
-                on_all_processes=local_rank > 0)  # the first process of each machine tells it
-        device = f"cuda:{local_rank}"
+        device = f"cuda:{choose_gpu()}"
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():  # it is, if an experiment ran before
         # Gradients go by nccl. Detections, metrics and errors are on the CPU and go by gloo.
@@ -99,20 +145,37 @@ def set_up(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-@contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Append what the main process logs within the block to a file, too, with the time."""
-    if rank() > 0:
-        yield
-        return
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
+def check_environment() -> None:
+    """Raise InputError if variables of a launcher are left over, incomplete, or not torchrun's."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    missing = [name for name in needed if name not in os.environ]
+    if found and missing:
+        raise InputError(
+            f"the environment has {' and '.join(found)}, but no {' and no '.join(missing)}; start "
+            "several processes by torchrun, or unset what is left over from another job")
+    slurm_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if not found and slurm_tasks > 1:
+        raise InputError(
+            f"Slurm started {slurm_tasks} tasks (SLURM_STEP_NUM_TASKS), which know nothing of each "
+            "other; start one task on each machine, and torchrun in it")
+
+
+def choose_gpu() -> int:
+    """Return the index of this process's GPU among those that it can see."""
+    gpus = torch.cuda.device_count()
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if gpus < processes_here:
+        raise InputError(
+            f"--device cuda: this machine has {gpus} GPUs for {processes_here} processes; "
+            "lower --nproc_per_node, or use --device cpu",
+            on_all_processes=local_rank > 0)  # the first process of each machine prints it
+    # Some clusters show each task its own GPU alone, as number 0.
+    return 0 if gpus == 1 else local_rank
+
+
+# ---- collectives ---------------------------------------------------------------------------------
 
 
 def on_main(function: Callable[..., Any], *args: Any) -> Any:
@@ -133,6 +196,16 @@ def on_main(function: Callable[..., Any], *args: Any) -> Any:
     if isinstance(outcome, InputError):
         raise outcome
     return outcome
+
+
+def on_main_first(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function on every process, on the main process before all others; return its result.
+
+    So a file is downloaded once, and an error of the main process is printed once.
+    """
+    results = []
+    on_main(lambda: results.append(function(*args)))
+    return results[0] if rank() == 0 else function(*args)
 
 
 def gather(value: Any) -> list[Any]:
@@ -159,15 +232,35 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def sync_only_at_the_last(
-    is_last: bool, module: nn.Module
-) -> contextlib.AbstractContextManager:
-    """Return a context for the forward and backward pass of one of a step's micro-batches.
+# ---- flags that train.py and evaluate.py share ---------------------------------------------------
 
-    is_last: whether it is the step's last micro-batch.
-    DistributedDataParallel averages the gradients over the processes in every backward pass.
-    Averaging in the last pass is enough, since that includes what the passes before accumulated.
-    """
-    if isinstance(module, nn.parallel.DistributedDataParallel) and not is_last:
-        return module.no_sync()
-    return contextlib.nullcontext()
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for data, teacher, device and workers."""
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        default=Path(os.path.expanduser("~/datasets/coco2017")),
+        help="folder with COCO's train2017/, val2017/ and annotations/ (~/datasets/coco2017)")
+    parser.add_argument(
+        "--teacher-ckpt", type=Path, metavar="FILE",
+        help="the teacher's weights, a torchvision state dict (default: download COCO_V1)")
+    parser.add_argument(
+        "--teacher-eps", type=float, metavar="EPS",
+        help="eps of the BatchNorm layers in --teacher-ckpt; by default 1e-5 if they are ordinary "
+             "ones, and 0, as in COCO_V1, if they are FrozenBatchNorm2d")
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto",
+        help="auto is cuda where there is a GPU (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", default=min(4, os.cpu_count() or 1),
+        help="processes that load images, for each process that computes (%(default)s)")
+    parser.add_argument(
+        "--limit-val", type=positive, metavar="N", help="use only the first N images of val2017")

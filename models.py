@@ -1,11 +1,13 @@
-"""Teacher and student, their backbones in training, checkpoint files, and the split student."""
+"""The student and its bottleneck; teachers, training bodies, checkpoint files, split students."""
 
 import argparse
 import copy
+import io
 import itertools
 import math
 import os
 import struct
+import sys
 import textwrap
 import zlib
 from functools import partial
@@ -23,98 +25,25 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
-from distributed import InputError
+from distributed import InputError, log, writing
 
-DETECTORS = {"fasterrcnn": FasterRCNN, "maskrcnn": MaskRCNN}
-CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"  # (classes, 1024), class 0 is background
-NARROWEST = "backbone.body.layer1.encoder.7.weight"        # (channels, 64, 2, 2): Bottleneck's
-
-# ---- teacher and student -------------------------------------------------------------------------
-
-
-def build_detector(
-    arch: str, min_size: int = 800, max_size: int = 1333, classes: int = 91, **settings: Any
-) -> nn.Module:
-    """Build torchvision's {arch}_resnet50_fpn without weights, frozen and in eval mode.
-
-    arch: "fasterrcnn" or "maskrcnn".
-    min_size, max_size: pixels; its transform resizes the shorter side to min_size, unless the
-        longer one would exceed max_size.
-    classes: their number, with the background, which is class 0.
-    settings: any others of torchvision's FasterRCNN or MaskRCNN.
-    """
-    # The published weights were trained with eps 0. torchvision's constructor gives 1e-5 and
-    # corrects it only when it loads the published weights itself.
-    frozen_bn = partial(FrozenBatchNorm2d, eps=0.0)
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None, trainable_layers=0, norm_layer=frozen_bn)
-    detector = DETECTORS[arch](
-        backbone, classes, min_size=min_size, max_size=max_size, **settings)
-    return detector.eval().requires_grad_(False)
-
-
-def load_teacher(
-    arch: str,
-    path: Path | None = None,
-    min_size: int = 800,
-    max_size: int = 1333,
-    eps: float = 0.0,
-) -> nn.Module:
-    """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
-
-    path: a checkpoint of a torchvision detector with any number of classes, None to download.
-    eps: of the FrozenBatchNorm2d that the file was trained with: 0 for COCO_V1, what was fine-tuned
-        from it, and build_detector; 1e-5 for what torchvision's constructors built without these
-        weights. It is added to the variances here, so that every detector in this code, and every
-        file it writes, has eps 0.
-    Raises InputError if the weights cannot be had or do not fit.
-    """
-    if path is None:
-        path = download_teacher(arch)
-    state = detector_state(load_checkpoint(path), path)
-    if CLASS_SCORES not in state:
-        raise InputError(f"{path} holds no detector: it has no {CLASS_SCORES}")
-    for key in state:
-        if key.endswith(".running_var"):
-            state[key] = state[key] + eps
-    teacher = build_detector(arch, min_size, max_size, classes=len(state[CLASS_SCORES]))
-    load_weights(teacher, state, path)
-    return teacher
-
-
-def download_teacher(arch: str) -> Path:
-    """Download torchvision's COCO_V1 weights, unless torch.hub's cache has them; return the file.
-
-    torch.hub's own loader is not used, since it runs whatever code a file in its cache holds.
-    """
-    url = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1.url
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    if path.exists():
-        return path
-    elsewhere = f"fetch {url} elsewhere and name the file with --teacher-ckpt"
-    if str(path).startswith("~"):  # torch.hub leaves it where it finds no home directory
-        raise InputError(
-            f"there is no home directory to download to; set TORCH_HOME, or {elsewhere}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hash_prefix = path.stem.rsplit("-", 1)[1]
-        torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
-    except (OSError, RuntimeError) as error:  # no network; another hash
-        raise InputError(f"cannot download to {path} ({error}); {elsewhere}") from error
-    return path
+# ---- the student ---------------------------------------------------------------------------------
 
 
 class Bottleneck(nn.Module):
     """The student's layer1: an encoder to a few channels, which are what is sent, and a decoder.
 
-    Maps (B, 64, H, W) to (B, 256, H, W) through (B, channels, H + 4, W + 4): the four padded 2 x 2
-    convolutions grow the map by one pixel each, the four unpadded ones shrink it back. Layers,
-    keys and initial values are those of torchdistill 0.0.1's Bottleneck4LargeResNet.
+    Any module can take its place that maps (B, 64, H, W) to (B, 256, H, W), for H and W that are
+    multiples of 8, by `decoder(encoder(x))`. These two attributes are the whole contract: training,
+    checkpoints, evaluation and the split student need no more.
+
+    Here, the map in between is (B, channels, H + 4, W + 4): the four padded 2 x 2 convolutions grow
+    it by one pixel each, and the four unpadded ones shrink it back. Layers, keys and initial values
+    are those of torchdistill 0.0.1's Bottleneck4LargeResNet.
     """
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.channels = channels
         self.encoder = nn.Sequential(
             nn.Conv2d(64, 64, kernel_size=2, padding=1, bias=False),
             nn.BatchNorm2d(64),
@@ -144,13 +73,18 @@ class Bottleneck(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module:
-    """Return the teacher with a copy of its conv1 and a new Bottleneck as layer1, in eval mode.
+def build_student(teacher: nn.Module, bottleneck: nn.Module | None = None) -> nn.Module:
+    """Return the teacher with a copy of its conv1 and a bottleneck as layer1, in eval mode.
 
     teacher: a Faster or Mask R-CNN with torchvision's ResNet-50 FPN backbone; it is frozen here.
-    Only the two new modules are trainable. All others with weights are the teacher's own objects,
-    so the two detectors together take little more memory than one.
+    bottleneck: a module that keeps Bottleneck's contract; by default a new Bottleneck().
+    Only conv1 and the bottleneck are trainable. All other modules with weights are the teacher's
+    own objects, so the two detectors together take little more memory than one.
+    Raises InputError if the bottleneck does not keep the contract.
     """
+    if bottleneck is None:
+        bottleneck = Bottleneck()
+    check_bottleneck(bottleneck)
     teacher.eval().requires_grad_(False)
     body = teacher.backbone.body
     shared = [body.bn1, body.layer1, body.layer2, body.layer3, body.layer4,
@@ -158,17 +92,114 @@ def build_student(teacher: nn.Module, bottleneck_channels: int = 3) -> nn.Module
     # deepcopy takes what its memo already holds for the copy: here, each shared module itself.
     # layer1 is among them only so that it is not copied in vain.
     student = copy.deepcopy(teacher, memo={id(module): module for module in shared})
-    student.backbone.body.layer1 = Bottleneck(bottleneck_channels)
+    student.backbone.body.layer1 = bottleneck
     student.backbone.body.conv1.requires_grad_(True)
     return student.eval()
 
 
-# ---- devices -------------------------------------------------------------------------------------
+def name_of(part: object) -> str:
+    """Return "module.name" of a function, or of a module's class: "models.Bottleneck"."""
+    kind = part if hasattr(part, "__qualname__") else type(part)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@torch.no_grad()
+def check_bottleneck(bottleneck: nn.Module) -> None:
+    """Raise InputError if a module does not keep Bottleneck's contract: now, not after training."""
+    name = type(bottleneck).__name__
+    for part in ("encoder", "decoder"):
+        if not isinstance(getattr(bottleneck, part, None), nn.Module):
+            raise InputError(f"{name} has no {part}; a bottleneck needs the modules encoder, whose "
+                             "output is sent, and decoder")
+    bottleneck.eval()
+    x = next(bottleneck.parameters()).new_zeros(1, 64, 24, 40)
+    outputs = {f"decoder(encoder(x)) of {name}": bottleneck.decoder(bottleneck.encoder(x)),
+               name: bottleneck(x)}
+    for what, output in outputs.items():
+        if output.shape != (1, 256, 24, 40):
+            raise InputError(f"{what} maps {tuple(x.shape)} to {tuple(output.shape)}, not to "
+                             "(1, 256, 24, 40), as a ResNet-50's layer1 does")
+
+
+# ---- detectors and teachers ----------------------------------------------------------------------
+
+DETECTORS = {"fasterrcnn": FasterRCNN, "maskrcnn": MaskRCNN}
+
+
+def build_detector(
+    arch: str, min_size: int = 800, max_size: int = 1333, classes: int = 91, **settings: Any
+) -> nn.Module:
+    """Build torchvision's {arch}_resnet50_fpn without weights, frozen and in eval mode.
+
+    arch: "fasterrcnn" or "maskrcnn".
+    min_size, max_size: pixels; its transform resizes the shorter side to min_size, unless the
+        longer one would exceed max_size.
+    classes: their number, with the background, which is class 0.
+    settings: any others of torchvision's FasterRCNN or MaskRCNN.
+    """
+    # The published weights were trained with eps 0. torchvision's constructor gives 1e-5 and
+    # corrects it only when it loads the published weights itself.
+    frozen_bn = partial(FrozenBatchNorm2d, eps=0.0)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, trainable_layers=0, norm_layer=frozen_bn)
+    detector = DETECTORS[arch](
+        backbone, classes, min_size=min_size, max_size=max_size, **settings)
+    return detector.eval().requires_grad_(False)
+
+
+def load_teacher(
+    arch: str,
+    path: Path | None = None,
+    min_size: int = 800,
+    max_size: int = 1333,
+    eps: float | None = None,
+) -> nn.Module:
+    """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
+
+    path: a checkpoint of a torchvision detector with any number of classes; None to download.
+    eps: of the BatchNorm layers that the file was trained with. It is added to the variances here,
+        so that every detector in this code, and every file that it writes, has eps 0.
+        FrozenBatchNorm2d has 0 in COCO_V1, in what was fine-tuned from it, and in build_detector;
+        it has 1e-5 where torchvision built a detector on an ImageNet backbone, as has ordinary
+        BatchNorm2d, which torchvision takes where nothing is pretrained.
+        None: 1e-5 if the file's keys show ordinary BatchNorm2d, else 0.
+    Raises InputError if the weights cannot be had or do not fit.
+    """
+    if path is None:
+        url = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1.url
+        state, path = download(url), url
+    else:
+        state = detector_state(load_checkpoint(path), path)
+    if eps is None:
+        eps = 0.0
+        if any(key.endswith(".num_batches_tracked") for key in state):
+            eps = 1e-5
+            log(f"{path} was trained with ordinary BatchNorm2d: taking its eps to be 1e-5")
+    for key in state:
+        if key.endswith(".running_var"):
+            state[key] = state[key] + eps
+    teacher = build_detector(arch, min_size, max_size, count_classes(state, path))
+    load_weights(teacher, state, path)
+    return teacher
+
+
+def download(url: str) -> dict[str, Tensor]:
+    """Return the state dict at a URL, from torch.hub's cache if it is there."""
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True,
+            progress=sys.stderr.isatty())
+    except Exception as error:  # no network, no disk, another hash, a damaged file in the cache
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise InputError(
+            f"no weights from {url} by way of the cache {torch.hub.get_dir()} ({reason}); fetch "
+            "the file elsewhere and give it by --teacher-ckpt") from error
 
 
 def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
     """Move a detector to a device, in the device's memory_format, and return it."""
-    # torchvision keeps these two as lists, and would copy them to the device for each image.
+    # torchvision keeps mean and deviation as lists, which are no part of the module's state. It
+    # would copy them to the device for each image, and the host would wait for that.
     transform = detector.transform
     transform.image_mean = torch.as_tensor(transform.image_mean, device=device)
     transform.image_std = torch.as_tensor(transform.image_std, device=device)
@@ -199,7 +230,30 @@ def has_bf16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-# ---- what training runs --------------------------------------------------------------------------
+# ---- the bodies that training runs ---------------------------------------------------------------
+
+
+def training_bodies(
+    student: nn.Module, teacher: nn.Module, bf16: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """Return the student's and the teacher's body as training runs them: fast, not to be saved.
+
+    Each maps a batch (B, 3, H, W) to a dict of four feature maps (B, C_j, H_j, W_j), with 256,
+    512, 1024 and 2048 channels at strides 4, 8, 16 and 32, as backbone.body itself does.
+    The student's body holds the student's own conv1 and layer1, so whatever trains this body trains
+    the student. layer2 to layer4 are one frozen, folded copy for both bodies.
+    bf16: whether the frozen layers become bfloat16, for use under torch.autocast.
+    """
+    teacher_body = fold_frozen_bn(teacher.backbone.body)
+    if bf16:
+        teacher_body.to(torch.bfloat16)  # once; autocast would cast them in every step
+
+    layers = dict(student.backbone.body.items())
+    for name in ("layer2", "layer3", "layer4"):
+        layers[name] = teacher_body[name]
+    student_body = IntermediateLayerGetter(
+        nn.ModuleDict(layers), student.backbone.body.return_layers)
+    return student_body, teacher_body
 
 
 def fold_frozen_bn(module: nn.Module) -> nn.Module:
@@ -219,43 +273,34 @@ def fold_frozen_bn(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False)
 
 
-def training_bodies(
-    student: nn.Module, teacher: nn.Module, bf16: bool = False
-) -> tuple[nn.Module, nn.Module]:
-    """Return the student's and the teacher's body as training runs them: fast, not to be saved.
-
-    Each maps a batch (B, 3, H, W) to a dict of four feature maps (B, C_j, H_j, W_j), with 256,
-    512, 1024 and 2048 channels at strides 4, 8, 16 and 32, as backbone.body itself does. The
-    student's holds the student's own trainable conv1 and layer1; layer2 to layer4 are one frozen,
-    folded copy for both.
-    bf16: whether the frozen layers become bfloat16, for use under torch.autocast.
-    """
-    teacher_body = fold_frozen_bn(teacher.backbone.body)
-    if bf16:
-        teacher_body.to(torch.bfloat16)  # once; autocast would cast them in every step
-
-    layers = dict(student.backbone.body.items())
-    for name in ("layer2", "layer3", "layer4"):
-        layers[name] = teacher_body[name]
-    student_body = IntermediateLayerGetter(
-        nn.ModuleDict(layers), student.backbone.body.return_layers)
-    return student_body, teacher_body
-
-
 # ---- checkpoint files ----------------------------------------------------------------------------
+
+CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"  # (classes, 1024), class 0 is background
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that at every moment the file is the old one or the whole new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)  # it is there only if an error was raised
+    """Write a checkpoint so that at every moment the file is the old one or the whole new one.
+
+    Raises InputError, naming the file and the reason, if it cannot be written.
+    """
+    # In memory first, because torch.save hides the reason where it cannot write.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    part = part_file(path, os.getpid())
+    with writing(path):
+        try:
+            with part.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)  # it is there only if an error was raised
+
+
+def part_file(path: Path, process: int | str) -> Path:
+    """Return where save_checkpoint writes before it replaces path; process: its number, or "*"."""
+    return path.with_name(f".{path.name}.{process}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -265,7 +310,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     numpy float64, harmless types that torch.load's safe mode refuses unless they are listed.
     Raises InputError if the file is not there, is damaged, or holds any other type.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"checkpoint {path} is not there")
     # A numpy float64 is pickled as a call of a function named scalar, with a dtype.
     scalar, _ = np.float64(0).__reduce__()
@@ -290,7 +335,7 @@ def detector_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return the state dict in a checkpoint: under "model" or, if there is none, the whole.
 
     Key parts that DistributedDataParallel ("module") and torch.compile ("_orig_mod") add are left
-    out. Raises InputError, naming the path, if there is no detector's state dict.
+    out. Raises InputError, naming the path, if there is no state dict of whole tensors.
     """
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -298,12 +343,20 @@ def detector_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise InputError(f"{path} holds no state dict: {key!r} is no tensor")
-        if key.startswith("seq."):
-            raise InputError(f"{path} holds torchdistill's training wrapper (keys like {key}), "
-                             "which has no RPN and no heads, so no detector can be made of it")
+        # A file of a few bytes can claim any shape for a tensor with strides of 0, or without data.
+        is_plain = value.layout == torch.strided and value.device.type == "cpu"
+        if not is_plain or value.untyped_storage().nbytes() < value.nbytes:
+            raise InputError(f"{path} was refused: {key!r} has not as many values as it claims")
     wrappers = ("module", "_orig_mod")
     return {".".join(part for part in key.split(".") if part not in wrappers): value
             for key, value in state.items()}
+
+
+def count_classes(state: dict[str, Tensor], path: Path) -> int:
+    """Return how many classes, with the background, the detector of a state dict has."""
+    if CLASS_SCORES not in state or state[CLASS_SCORES].shape[1:] != (1024,):
+        raise InputError(f"{path} holds no detector: it has no {CLASS_SCORES} of 1024 columns")
+    return len(state[CLASS_SCORES])
 
 
 def load_weights(detector: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -316,34 +369,62 @@ def load_weights(detector: nn.Module, state: dict[str, Tensor], path: Path) -> N
     check_finite(detector.state_dict(), path)
     for name, module in detector.named_modules():
         if isinstance(module, FrozenBatchNorm2d) and not (module.running_var > 0).all():
-            raise InputError(f"{path} is spoilt: {name} divides by a variance that is not above 0 "
-                             "(a teacher that was trained with eps 1e-5 needs --teacher-eps 1e-5)")
+            raise InputError(f"{path} cannot be used: {name} divides by a variance that is not "
+                             "above 0 (a teacher trained with eps 1e-5 needs --teacher-eps 1e-5)")
 
 
 def check_finite(state: dict[str, Tensor], path: Path) -> None:
     """Raise an InputError that names the path and the key if a value is infinite or NaN."""
     for key, value in state.items():
         if not value.isfinite().all():
-            raise InputError(f"{path} is spoilt: {key} has values that are not finite")
+            raise InputError(f"{path}: {key} has values that are not finite")
 
 
 def load_student(
-    path: Path, min_size: int = 800, max_size: int = 1333
-) -> tuple[nn.Module, str]:
-    """Return the student that a checkpoint holds, in eval mode, and its arch, told by its keys.
+    path: Path,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    bottleneck: nn.Module | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the student that a checkpoint holds, in eval mode, and the config that it runs by.
 
+    min_size, max_size: as in build_detector; by default those that the student was trained with.
+    bottleneck: the module to load, if it is no Bottleneck.
+    The config is that of the file, as train.py wrote it. torchdistill's files have none: they are
+    published students of 3 channels at 800 / 1333 pixels. "arch" is told by the keys.
     Raises InputError if the file cannot be read or holds no student.
     """
-    state = detector_state(load_checkpoint(path), path)
-    for key in (NARROWEST, CLASS_SCORES):
-        if key not in state:
-            raise InputError(f"{path} holds no student: it has no {key}")
+    content = load_checkpoint(path)
+    state = detector_state(content, path)
+    config = read_config(content, path)
     has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
-    arch = "maskrcnn" if has_masks else "fasterrcnn"
-    detector = build_detector(arch, min_size, max_size, classes=len(state[CLASS_SCORES]))
-    student = build_student(detector, bottleneck_channels=len(state[NARROWEST]))
+    config["arch"] = "maskrcnn" if has_masks else "fasterrcnn"
+    sizes = (min_size or config["min_size"], max_size or config["max_size"])
+    if sizes != (config["min_size"], config["max_size"]):
+        config |= {"min_size": sizes[0], "max_size": sizes[1], "is_recipe": False}
+
+    if bottleneck is None:
+        bottleneck = Bottleneck(config["bottleneck_channels"])
+    detector = build_detector(config["arch"], *sizes, count_classes(state, path))
+    student = build_student(detector, bottleneck)
     load_weights(student, state, path)
-    return student, arch
+    return student, config
+
+
+def read_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the config in a checkpoint of train.py, or that of torchdistill's students.
+
+    is_recipe: whether the student was trained by the published recipe, with any seed.
+    """
+    published = {"bottleneck_channels": 3, "min_size": 800, "max_size": 1333, "is_recipe": True}
+    config = content.get("config")
+    if not isinstance(config, dict) or "bottleneck_channels" not in config:  # torchdistill's
+        return published
+    config = published | {"is_recipe": False} | config
+    for name in ("bottleneck_channels", "min_size", "max_size"):
+        if type(config[name]) is not int or not 1 <= config[name] < 2**16:
+            raise InputError(f"{path} cannot be used: its config has {name} {config[name]!r}")
+    return config
 
 
 # ---- split computing: head, bytes, tail ----------------------------------------------------------
@@ -354,6 +435,9 @@ class Header(NamedTuple):
 
     magic: bytes
     bits: int            # for each value: 32 and 16 are floats, 1 to 8 are quantized
+    channels: int        # of the values, (channels, rows, columns)
+    rows: int
+    columns: int
     image_height: int    # of the image that the head was given
     image_width: int
     resized_height: int  # of what the detector's transform made of it, before padding
@@ -362,8 +446,10 @@ class Header(NamedTuple):
     zero_point: int
 
 
-HEADER_FORMAT = struct.Struct("<4sB4IfB")
+HEADER_FORMAT = struct.Struct("<4sB3H2I2HfB")
 MAGIC = b"GHND"
+MAX_BYTES = 2**26   # that a payload may hold when it is unzipped
+MAX_PIXELS = 2**28  # that its image may have, since masks are as large
 DTYPES = {32: torch.float32, 16: torch.float16} | dict.fromkeys(range(1, 9), torch.uint8)
 
 
@@ -411,7 +497,7 @@ class Head(nn.Module):
             body.conv1, body.bn1, body.relu, body.maxpool, body.layer1.encoder)
 
     def forward(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return quantize's q (1, channels, H / 4 + 4, W / 4 + 4), scale and zero point.
+        """Return quantize's q (1, channels, rows, columns), scale and zero point.
 
         batch: (1, 3, H, W), one image, normalised, resized and padded as the transform does.
         """
@@ -419,16 +505,21 @@ class Head(nn.Module):
 
     @torch.inference_mode()
     def compress(self, image: Tensor) -> bytes:
-        """Return the payload for an image (3, h, w), float in [0, 1]: Header and zipped values."""
+        """Return the payload for an image (3, h, w), float in [0, 1]: Header and values, zipped."""
         images, _ = self.transform([image])
         q, scale, zero_point = self(images.tensors)
+        _, channels, rows, columns = q.shape
         _, image_height, image_width = image.shape
         [(resized_height, resized_width)] = images.image_sizes
         header = Header(
-            magic=MAGIC, bits=self.bits, image_height=image_height, image_width=image_width,
-            resized_height=resized_height, resized_width=resized_width, scale=scale.item(),
-            zero_point=int(zero_point))
-        return HEADER_FORMAT.pack(*header) + zlib.compress(q.cpu().contiguous().numpy())
+            magic=MAGIC, bits=self.bits, channels=channels, rows=rows, columns=columns,
+            image_height=image_height, image_width=image_width, resized_height=resized_height,
+            resized_width=resized_width, scale=scale.item(), zero_point=int(zero_point))
+        zipper = zlib.compressobj()
+        payload = zipper.compress(HEADER_FORMAT.pack(*header))
+        payload += zipper.flush(zlib.Z_BLOCK)  # sharing a block, header and values would be longer
+        payload += zipper.compress(q.cpu().contiguous().numpy())
+        return payload + zipper.flush()
 
 
 class Tail(nn.Module):
@@ -442,28 +533,40 @@ class Tail(nn.Module):
     def detect(self, payload: bytes) -> dict[str, Tensor]:
         """Return torchvision's detections for a payload: boxes, labels, scores[, masks].
 
-        Raises InputError if the payload is not a whole one of a student like this. Masks are as
-        large as the image was, by what the payload says: its sender decides on their memory.
+        Masks are as large as the image was, by what the payload says.
+        Raises InputError if the payload is not a whole one of a student like this.
         """
         body = self.student.backbone.body
         transform = self.student.transform
-        header, q = unpack(payload, body.layer1.channels, transform.max_size)
-        q = q.to(body.conv1.weight.device)
-        x = body.layer1.decoder(dequantize(q, header.scale, header.zero_point))
-        maps = {"0": x}
-        for name, layer in (("1", body.layer2), ("2", body.layer3), ("3", body.layer4)):
-            x = layer(x)
+        header, q = unpack(payload)
+        resized = (header.resized_height, header.resized_width)
+        padded = padded_size(*resized)
+        # This bounds the memory that the values of a stranger can take in the decoder.
+        if max(resized) > transform.max_size or header.rows * header.columns > math.prod(padded):
+            raise InputError(f"payload refused: it is for a student of other sizes ({header})")
+
+        x = dequantize(q.to(body.conv1.weight.device), header.scale, header.zero_point)
+        maps = {}
+        for layer, name in body.return_layers.items():  # layer1 to layer4
+            x = self.decode(x) if layer == "layer1" else body[layer](x)
             maps[name] = x
 
         # From here on as in torchvision's GeneralizedRCNN.forward, where the RPN and the heads
         # need the padded batch for its size alone.
         features = self.student.backbone.fpn(maps)
-        resized = (header.resized_height, header.resized_width)
-        padded = torch.empty(1, 3, *padded_size(*resized), device="meta")
-        proposals, _ = self.student.rpn(ImageList(padded, [resized]), features)
+        images = ImageList(torch.empty(1, 3, *padded, device="meta"), [resized])
+        proposals, _ = self.student.rpn(images, features)
         detections, _ = self.student.roi_heads(features, proposals, [resized])
         image_size = (header.image_height, header.image_width)
         return transform.postprocess(detections, [resized], [image_size])[0]
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return layer1's output (1, 256, H, W) for dequantized values."""
+        try:
+            return self.student.backbone.body.layer1.decoder(x)
+        except RuntimeError as error:
+            raise InputError(f"payload refused: this student's decoder does not take values of "
+                             f"shape {tuple(x.shape)} ({error})") from error
 
 
 def padded_size(height: int, width: int) -> tuple[int, int]:
@@ -471,39 +574,33 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
     return 32 * math.ceil(height / 32), 32 * math.ceil(width / 32)
 
 
-def unpack(payload: bytes, channels: int, max_size: int) -> tuple[Header, Tensor]:
-    """Return a payload's header and its values, (1, channels, H / 4 + 4, W / 4 + 4).
+def unpack(payload: bytes) -> tuple[Header, Tensor]:
+    """Return a payload's header and its values, (1, channels, rows, columns).
 
-    max_size: the longer side of a resized image at most; so it bounds what is unzipped.
-    Raises InputError for a payload that is cut off, damaged, of another student, or none at all.
+    Raises InputError for a payload that is cut off, damaged, larger than MAX_BYTES, or none at all.
     """
-    if len(payload) < HEADER_FORMAT.size:
-        raise InputError(f"payload refused: it has {len(payload)} bytes, less than a header")
-    header = Header._make(HEADER_FORMAT.unpack_from(payload))
-    if header.magic != MAGIC:
-        raise InputError(f"payload refused: it starts with {header.magic!r}, not {MAGIC!r}")
-    if header.bits not in DTYPES:
-        raise InputError(f"payload refused: its values have {header.bits} bits")
-    if not math.isfinite(header.scale):
-        raise InputError(f"payload refused: its scale is {header.scale}")
-    if min(header.image_height, header.image_width) < 1:
-        raise InputError(f"payload refused: its image has no pixels ({header})")
-    if min(header.resized_height, header.resized_width) < 1:
-        raise InputError(f"payload refused: its resized image has no pixels ({header})")
-    if max(header.resized_height, header.resized_width) > max_size:
-        raise InputError(f"payload refused: its resized image is larger than {max_size} ({header})")
-
-    dtype = DTYPES[header.bits]
-    padded_height, padded_width = padded_size(header.resized_height, header.resized_width)
-    shape = (1, channels, padded_height // 4 + 4, padded_width // 4 + 4)
-    size = math.prod(shape) * dtype.itemsize
     unzipper = zlib.decompressobj()
     try:
-        values = unzipper.decompress(payload[HEADER_FORMAT.size:], max_length=size + 1)
+        content = unzipper.decompress(payload, max_length=MAX_BYTES)
     except zlib.error as error:
-        raise InputError(f"payload refused: its values cannot be unzipped ({error})") from error
-    if len(values) != size:
-        raise InputError(f"payload refused: it holds {len(values)} bytes of values, not {size}")
+        raise InputError(f"payload refused: it cannot be unzipped ({error})") from error
     if not unzipper.eof or unzipper.unused_data:
-        raise InputError("payload refused: it is cut off, or goes on after its end")
-    return header, torch.frombuffer(bytearray(values), dtype=dtype).view(shape)
+        raise InputError("payload refused: it is cut off, goes on after its end, or is too large")
+    if len(content) < HEADER_FORMAT.size or not content.startswith(MAGIC):
+        raise InputError("payload refused: a Head has not made it")
+
+    header = Header._make(HEADER_FORMAT.unpack_from(content))
+    shape = (1, header.channels, header.rows, header.columns)
+    image = (header.image_height, header.image_width)
+    resized = (header.resized_height, header.resized_width)
+    is_whole = (
+        header.bits in DTYPES
+        and math.isfinite(header.scale)
+        and min(*shape, *image, *resized) >= 1
+        and math.prod(image) <= MAX_PIXELS
+        and math.prod(shape) * DTYPES[header.bits].itemsize == len(content) - HEADER_FORMAT.size
+    )
+    if not is_whole:
+        raise InputError(f"payload refused: its sizes cannot be right ({header})")
+    values = bytearray(content[HEADER_FORMAT.size:])
+    return header, torch.frombuffer(values, dtype=DTYPES[header.bits]).view(shape)

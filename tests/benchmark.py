@@ -37,6 +37,7 @@ from torchvision.transforms.functional import to_pil_image
 import data
 import distributed
 import evaluate
+import losses
 import models
 import train
 
@@ -211,9 +212,11 @@ def make_our_step(name, device, teacher, student, images):
         for detector in (teacher, student):
             models.to_device(detector, device)
         bodies = models.training_bodies(student, teacher, bf16=bf16)
+    criterion = losses.ghnd_loss
     if compiled:
         for body in bodies:
             body.compile(dynamic=True)
+        criterion = torch.compile(criterion, dynamic=True)
     experiment = replace(train.FASTERRCNN, images_per_step=len(images))
     loader = torch.utils.data.DataLoader(images, len(images), collate_fn=list)
     run = train.Run(student, *train.build_optimizer(student, experiment))
@@ -221,9 +224,9 @@ def make_our_step(name, device, teacher, student, images):
     def step():
         run.step = 0
         with changed:
-            train.train_epoch(
-                experiment, run, *bodies, teacher.transform, loader, lambda record: None,
-                lambda: None, amp="bf16" if bf16 else None, compiled=compiled)
+            list(train.train_epoch(
+                experiment, run, *bodies, teacher.transform, loader, criterion,
+                amp="bf16" if bf16 else None))
 
     return convolutions(step) if name == FLOOR else step
 
@@ -331,7 +334,7 @@ def bench_start(args, device, folder, row):
 
     command = [
         sys.executable, ROOT / "train.py", "--arch", "fasterrcnn", "--data-dir", folder,
-        "--teacher-ckpt", args.teacher, "--output-dir", folder, "--device", args.device,
+        "--teacher-ckpt", args.teacher, "--output-dir", folder / "run", "--device", args.device,
         "--min-size", "96", "--max-size", "160", "--workers", "0", "--log-every", "1"]
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

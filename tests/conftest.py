@@ -61,6 +61,8 @@ class Job:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         self.output = folder / f"job-{port}"
+        for suffix in (".out", ".err"):
+            self.output.with_suffix(suffix).touch()
         argv = [f"{main.__module__}.py", *map(str, flags)]
         self.processes = []
         for rank in range(world_size or 1):
@@ -140,14 +142,12 @@ def call(monkeypatch, capfd):
 
     def call(main, *flags):
         monkeypatch.setattr("sys.argv", [f"{main.__module__}.py", *map(str, flags)])
-        handlers = list(distributed.logger.handlers)
         capfd.readouterr()
         status = 0
         try:
             distributed.run(main)
         except SystemExit as stop:
             status = stop.code
-        distributed.logger.handlers[:] = handlers
         out, err = capfd.readouterr()
         return status, out, err
 

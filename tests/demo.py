@@ -26,7 +26,6 @@ import models
 import train
 
 MIN_SIZE, MAX_SIZE = 128, 224
-SIZES = ["--min-size", MIN_SIZE, "--max-size", MAX_SIZE]
 TEACHER_STEPS = 130
 BITS = ["32", "8", "4", "2"]
 QUALITIES = ["50", "10", "1"]
@@ -83,13 +82,14 @@ def main():
     shutil.rmtree(output_dir, ignore_errors=True)
     data_dir, teacher_file = make_teacher(args.arch, args.folder)
 
-    common = ["--data-dir", data_dir, "--teacher-ckpt", teacher_file, *SIZES]
+    common = ["--data-dir", data_dir, "--teacher-ckpt", teacher_file]
     run("The student learns to give the teacher's features through 3 channels. No label is used; "
         "the relative errors of the four layers fall.",
-        "train.py", "--arch", args.arch, *common, "--output-dir", output_dir, "--epochs", 6,
-        "--images-per-step", 4, "--limit-train", 84, "--log-every", 10)
+        "train.py", "--arch", args.arch, *common, "--output-dir", output_dir, "--min-size", MIN_SIZE,
+        "--max-size", MAX_SIZE, "--epochs", 6, "--images-per-step", 4, "--limit-train", 84,
+        "--log-every", 10)
 
-    ckpt = train.name_files(output_dir, args.arch).best
+    ckpt = train.RunFolder(output_dir, args.arch).best
     pictures = args.folder / "pictures"
     summary = json.loads(run(
         "The student is split: its head packs an image into bytes, its tail detects from them. With "
@@ -100,11 +100,13 @@ def main():
     untrained = evaluate_untrained(args.arch, data_dir, teacher_file)
     print("\nIn short:")
     for iou_type in summary["student"]:
-        print(f"    {iou_type} AP: teacher {summary['teacher'][iou_type][0]:.3f}, student "
-              f"{summary['student'][iou_type][0]:.3f}, before training {untrained[iou_type][0]:.3f}")
+        teacher, student = (summary[name][iou_type]["AP"] for name in ("teacher", "student"))
+        print(f"    {iou_type} AP: teacher {teacher:.3f}, student {student:.3f}, before training "
+              f"{untrained[iou_type]['AP']:.3f}")
         for row in summary["rate"]:
-            share = row["payload_bytes"] / row["jpeg_bytes"]
-            print(f"    with {row['bits']} bits a value {row['metrics'][iou_type][0]:.3f}, sending "
+            ap = row["metrics"][iou_type]["AP"]
+            share = row["payload_bytes"] / summary["file_bytes"]
+            print(f"    with {row['bits']} bits a value {ap:.3f}, sending "
                   f"{row['payload_bytes']:.0f} bytes an image, {share:.0%} of its JPEG file")
     print(f"    annotations, teacher and student side by side: {pictures}/")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -126,13 +127,12 @@ def train_teacher(
 
     steps: of 4 images each. Adam and one cycle of the learning rate, lr at most.
     """
-    val = evaluate.ValSet(data_dir, models.build_detector(arch))
-    classes = max(val.coco.getCatIds()) + 1
-    content = evaluate.read_annotations(
-        data_dir / "annotations" / "instances_train2017.json", classes, masks=True)
+    masks = arch == "maskrcnn"
+    annotation_file, folder = data.split_paths(data_dir, "train2017")
+    content = data.read_annotations(annotation_file, classes=2**16, masks=masks)
+    classes = max(category["id"] for category in content["categories"]) + 1
     coco = evaluate.make_coco(content)
     images = data.image_infos(content)
-    folder = data_dir / "train2017"
 
     torch.manual_seed(seed)
     # Fewer proposals than torchvision's 2,000 are enough for a handful of objects, and faster.
@@ -149,7 +149,7 @@ def train_teacher(
     rng = np.random.default_rng(seed)
     for step in range(1, steps + 1):
         chosen = [images[i] for i in rng.choice(len(images), 4, replace=False)]
-        batch = [load_example(coco, folder, info, rng.random() < 0.5) for info in chosen]
+        batch = [load_example(coco, folder, info, rng.random() < 0.5, masks) for info in chosen]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = detector([image for image, _ in batch], [target for _, target in batch])
         loss = sum(losses.values())
@@ -163,19 +163,26 @@ def train_teacher(
     return detector.eval().requires_grad_(False)
 
 
-def load_example(coco, folder: Path, info: data.ImageInfo, flip: bool) -> tuple[Tensor, dict]:
+def load_example(
+    coco: COCO, folder: Path, info: data.ImageInfo, flip: bool, with_masks: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return an image (3, h, w) in [0, 1], and what torchvision's detectors are trained with."""
     image = data.read_image(folder / info.file_name) / 255
     annotations = coco.imgToAnns[info.id]
     boxes = torch.tensor([a["bbox"] for a in annotations]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # x0 y0 x1 y1
-    masks = [torch.from_numpy(coco.annToMask(a)) for a in annotations]
-    masks = torch.stack(masks) if masks else torch.zeros(0, info.height, info.width)
-    labels = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
     if flip:
-        image, masks = image.flip(-1), masks.flip(-1)
+        image = image.flip(-1)
         boxes[:, [0, 2]] = info.width - boxes[:, [2, 0]]
-    return image, {"boxes": boxes, "labels": labels, "masks": masks.to(torch.uint8)}
+    labels = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
+    target = {"boxes": boxes, "labels": labels}
+    if with_masks:
+        masks = [torch.from_numpy(coco.annToMask(a)) for a in annotations]
+        masks = torch.stack(masks) if masks else torch.zeros(0, info.height, info.width)
+        if flip:
+            masks = masks.flip(-1)
+        target["masks"] = masks.to(torch.uint8)
+    return image, target
 
 
 def random_teacher(

@@ -104,7 +104,7 @@ def train_here(experiment, data_dir, teacher_file, output_dir):
     train.run_experiment(
         experiment, data_dir=data_dir, output_dir=output_dir, teacher_ckpt=teacher_file,
         resume=True, device="cpu", workers=0, limit_val=1, log_every=20)
-    return train.name_files(output_dir, experiment.arch).last
+    return train.RunFolder(output_dir, experiment.arch).last
 
 
 def train_by_torchdistill(experiment, data_dir, teacher_file, output_dir):
@@ -118,7 +118,7 @@ def train_by_torchdistill(experiment, data_dir, teacher_file, output_dir):
     teacher = models.load_teacher(
         experiment.arch, teacher_file, experiment.min_size, experiment.max_size)
     torch.manual_seed(experiment.seed)
-    student = models.build_student(teacher, experiment.bottleneck_channels)
+    student = models.build_student(teacher, models.Bottleneck(experiment.bottleneck_channels))
     box = get_distillation_box(teacher, student, {}, config, CPU, None, False, 1.0)
 
     images, folder = data.load_train_split(data_dir, experiment.max_size, None)
@@ -127,7 +127,7 @@ def train_by_torchdistill(experiment, data_dir, teacher_file, output_dir):
     for epoch in range(experiment.epochs):
         loader.batch_sampler.epoch = epoch
         box.pre_epoch_process(epoch=epoch)
-        for step, batch in enumerate(data.iterate(loader), start=1):
+        for step, batch in enumerate(loader, start=1):
             loss = box.forward_process([image / 255 for image in batch], None, None)
             box.post_forward_process(loss=loss)
             if step % 20 == 0:
@@ -148,8 +148,9 @@ def evaluate_teacher(plan, data_dir, teacher_file):
     teacher = models.to_device(models.load_teacher("fasterrcnn", teacher_file, 128, 224), CPU)
     val = evaluate.ValSet(data_dir, teacher)
     metrics, _ = evaluate.evaluate(evaluate.whole(teacher), val, CPU)
-    jpeg = [evaluate.measure_jpeg(teacher, quality, val, CPU, 0) for quality in plan.qualities]
-    return {"AP": metrics["bbox"][0], "file_bytes": evaluate.file_bytes(val), "jpeg": jpeg}
+    jpeg = [evaluate.measure_jpeg(teacher, quality, is_resized, val, CPU, 0)
+            for is_resized in (False, True) for quality in plan.qualities]
+    return {"AP": metrics["bbox"]["AP"], "file_bytes": evaluate.mean_file_bytes(val), "jpeg": jpeg}
 
 
 def make_student(plan, row, experiment, data_dir, teacher_file, folder):
@@ -169,7 +170,7 @@ def make_student(plan, row, experiment, data_dir, teacher_file, folder):
         bits = plan.other_bits
     rate = [evaluate.measure_split(student, b, val, CPU, 0) for b in bits]
     shutil.rmtree(output_dir)  # 200 MB and more
-    return {"row": row, "AP": metrics["bbox"][0], "rate": rate, "experiment": asdict(experiment)}
+    return {"row": row, "AP": metrics["bbox"]["AP"], "rate": rate, "experiment": asdict(experiment)}
 
 
 def once(results, file, name, function):
@@ -196,7 +197,7 @@ def rates(students, row):
         for rate in student["rate"] if student["row"] == row else ():
             by_bits.setdefault(rate["bits"], []).append(rate)
     return [(bits, float(np.mean([rate["payload_bytes"] for rate in found])),
-             [rate["metrics"]["bbox"][0] for rate in found]) for bits, found in by_bits.items()]
+             [rate["metrics"]["bbox"]["AP"] for rate in found]) for bits, found in by_bits.items()]
 
 
 def print_table(teacher, students):
@@ -235,7 +236,7 @@ def draw_curve(teacher, students, path):
             axes.annotate(f"{bits} bit" + "s" * (bits > 1), (sent, np.mean(aps)), xytext=(6, -12),
                           textcoords="offset points", fontsize=8)
     axes.plot([jpeg["payload_bytes"] for jpeg in teacher["jpeg"]],
-              [jpeg["metrics"]["bbox"][0] for jpeg in teacher["jpeg"]],
+              [jpeg["metrics"]["bbox"]["AP"] for jpeg in teacher["jpeg"]],
               "k--s", label="teacher on JPEG files")
     axes.axhline(teacher["AP"], color="grey", linewidth=1, label="teacher on the images")
     axes.set(xscale="log", xlabel="bytes an image", ylabel="box AP", ylim=(0, 1))

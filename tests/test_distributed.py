@@ -1,9 +1,11 @@
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import ROOT
 
 import distributed
 from distributed import InputError
@@ -45,19 +47,52 @@ def test_too_few_gpus_are_told_by_the_first_process_of_a_machine(monkeypatch):
         assert error.value.on_all_processes == (local_rank > 0)
 
 
+@pytest.mark.parametrize("local_rank, gpus, index", [(0, 4, 0), (3, 4, 3), (1, 1, 0)])
+def test_a_process_that_sees_one_gpu_takes_that(local_rank, gpus, index, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert distributed.choose_gpu() == index
+
+
+@pytest.mark.parametrize("variables, named", [
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "has RANK and WORLD_SIZE, but no MASTER_ADDR and no MASTER_P"),
+    ({"WORLD_SIZE": "2"}, "has WORLD_SIZE, but no RANK"),
+    ({"RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "has RANK, but no WORLD_SIZE"),
+    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "Slurm started 2 tasks")])
+def test_what_another_launcher_left_is_named(variables, named, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.set_up("cpu")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=named):
+        distributed.set_up("cpu")
+
+
+# ---- logging -------------------------------------------------------------------------------------
+
 LOGGING = """
 import pathlib, sys, distributed
-with distributed.logging_to(pathlib.Path(sys.argv[1])):
-    distributed.log("within")
-distributed.log("after")
+def main():
+    with distributed.logging_to(pathlib.Path(sys.argv[1])):
+        distributed.log("within, \u56fe")
+    distributed.log("after")
+distributed.log("before")
+for _ in range(2):
+    distributed.run(main)
 """
 
 
-def test_what_is_logged_in_a_block_goes_to_its_file(tmp_path):
-    """In a Python of its own, whose logging nothing has set up."""
-    subprocess.run([sys.executable, "-c", LOGGING, tmp_path / "train.log"], check=True)
-    assert (tmp_path / "train.log").read_text().splitlines()[0].endswith(" within")
-    assert "after" not in (tmp_path / "train.log").read_text()
+def test_lines_are_printed_once_and_logged_within_the_block(tmp_path):
+    """Also by a terminal that lacks the letters, and where `run` is called twice."""
+    path = tmp_path / "train.log"
+    process = subprocess.run(
+        [sys.executable, "-c", LOGGING, path], check=True, capture_output=True, text=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert process.stdout.splitlines() == ["before", *2 * ["within, \\u56fe", "after"]]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and all(line.endswith(" within, \u56fe") for line in lines)
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -101,8 +136,26 @@ def test_any_other_error_keeps_its_traceback(world_size, start):
     assert "ValueError: cannot reshape array" in job.err and ": error: " not in job.err
 
 
-def test_scripts_need_nothing_that_windows_lacks():
-    """Neither fcntl nor signals that only Unix has."""
-    for script in ROOT.glob("*.py"):
-        text = script.read_text()
-        assert "fcntl" not in text and "SIGUSR" not in text and "os.fork" not in text
+def write_to_a_full_disk():
+    with distributed.logging_to(distributed.Path("/dev/full")):
+        distributed.log("a line")
+
+
+def test_a_full_disk_is_named(start):
+    job = start(write_to_a_full_disk)
+    assert job.wait(60) == [1]
+    assert job.err.endswith("error: /dev/full cannot be written: No space left on device\n")
+    assert job.err.count("\n") == 1
+
+
+def wait_long():
+    print("waiting", flush=True)
+    time.sleep(60)
+
+
+def test_an_interrupt_is_one_line(start):
+    job = start(wait_long)
+    while "waiting" not in job.out:
+        time.sleep(0.1)
+    os.kill(job.processes[0].pid, signal.SIGINT)
+    assert job.wait(60) == [130] and job.err == "test_distributed.py: stopped\n"

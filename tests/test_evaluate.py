@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def plain_metrics(annotation_file, results, iou_type, limit=None):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats.tolist()
+    return dict(zip(evaluate.METRICS, evaluation.stats.tolist()))
 
 
 def random_results(coco, seed=0):
@@ -111,7 +112,7 @@ def test_metrics_are_those_of_plain_pycocotools(dataset, val, tmp_path, iou_type
     path = tmp_path / "results.json"
     path.write_text(json.dumps(evaluate.results_of_type(results, iou_type)))
     assert metrics == plain_metrics(annotation_file(dataset), path, iou_type)
-    assert 0.1 < metrics[0] < 0.9 and len(metrics) == len(evaluate.METRICS) == 12
+    assert 0.1 < metrics["AP"] < 0.9 and tuple(metrics) == evaluate.METRICS
 
 
 def metrics_of_80_categories():
@@ -142,7 +143,7 @@ def test_categories_shared_out_give_the_very_same_metrics(own_dataset, tmp_path,
     wanted = plain_metrics(path, results, "bbox")
     job = finish(metrics_of_80_categories, path, world_size=3)
     assert [json.loads(line) for line in job.out.splitlines()] == [wanted] * 3
-    assert 0.05 < wanted[0] < 0.9
+    assert 0.05 < wanted["AP"] < 0.9
 
 
 def test_a_detector_that_finds_nothing_scores_zero(val):
@@ -150,8 +151,8 @@ def test_a_detector_that_finds_nothing_scores_zero(val):
         return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
 
     metrics, results = evaluate.evaluate(predict, val, CPU)
-    assert results == [] and list(metrics) == ["bbox", "segm"] and metrics["bbox"][0] == 0
-    assert set(metrics["bbox"]) <= {0.0, -1.0}
+    assert results == [] and list(metrics) == ["bbox", "segm"] and metrics["bbox"]["AP"] == 0
+    assert set(metrics["bbox"].values()) <= {0.0, -1.0}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -161,13 +162,13 @@ def test_the_teacher_agrees_with_itself(arch, dataset, teachers):
     _, results = evaluate.evaluate(evaluate.whole(teacher), val, CPU)
     before = json.dumps(results)
     own = evaluate.agreement(val, results, results)
-    assert tuple(own) == val.iou_types and all(values[0] == 1 for values in own.values())
+    assert tuple(own) == val.iou_types and all(values["AP"] == 1 for values in own.values())
     moved = [{**r, "bbox": [r["bbox"][0] + 9, *r["bbox"][1:]]} for r in results]
-    assert 0 < evaluate.agreement(val, moved, results)["bbox"][0] < 0.9
+    assert 0 < evaluate.agreement(val, moved, results)["bbox"]["AP"] < 0.9
     uncertain = [{**r, "score": 0.49} for r in results]
-    assert evaluate.agreement(val, results, uncertain)["bbox"][0] == -1  # there is nothing to find
+    assert evaluate.agreement(val, results, uncertain)["bbox"]["AP"] == -1  # there is nothing to find
     flat = [{**r, "bbox": [*r["bbox"][:2], 0, 9]} for r in results]
-    assert evaluate.agreement(val, results, flat)["bbox"][0] == -1
+    assert evaluate.agreement(val, results, flat)["bbox"]["AP"] == -1
     assert json.dumps(results) == before  # loadRes writes into what it gets
 
 
@@ -203,22 +204,23 @@ def test_rates_have_the_accuracy_of_torchdistills_quantizer(
         metrics, _ = evaluate.evaluate(evaluate.whole(student), val, CPU)
         hook.remove()
         assert row["bits"] == bits and row["metrics"] == metrics
-        assert 26 < row["payload_bytes"] < row["raw_bytes"] + 40
         assert row["head_seconds"] > 0 and row["tail_seconds"] > 0
-        assert f"student, {bits} bits" in out
     torch.set_num_threads(2)
+    assert "student, 8 bits" in out and "student, 1 bit " in out
     eight, one = summary["rate"]
-    assert eight["payload_bytes"] > one["payload_bytes"] and eight["raw_bytes"] == one["raw_bytes"]
+    assert 26 < one["payload_bytes"] < eight["payload_bytes"] < 3 * 60 * 60
     files = [(val.folder / info.file_name).stat().st_size for info in val.images]
-    assert eight["jpeg_bytes"] == pytest.approx(sum(files) / 2)
+    assert summary["file_bytes"] == pytest.approx(sum(files) / 2)
     assert summary["head"]["parameters"] == 158_400
 
-    fine, coarse = summary["jpeg"]
-    assert (fine["quality"], coarse["quality"]) == (90, 2)
+    fine, coarse, small_fine, small_coarse = summary["jpeg"]
+    assert [row["quality"] for row in summary["jpeg"]] == [90, 2, 90, 2]
+    assert [row["is_resized"] for row in summary["jpeg"]] == [False, False, True, True]
     # The files were written by Pillow at quality 90, so that much is lost already.
-    assert fine["payload_bytes"] == pytest.approx(eight["jpeg_bytes"], rel=0.05)
+    assert fine["payload_bytes"] == pytest.approx(summary["file_bytes"], rel=0.05)
     assert coarse["payload_bytes"] < 0.7 * fine["payload_bytes"]
-    assert len(coarse["metrics"]["bbox"]) == 12
+    assert small_fine["payload_bytes"] < 0.7 * fine["payload_bytes"]
+    assert "teacher, resized JPEG 2" in out
 
     shared, _ = run_evaluate(*flags, arch="fasterrcnn", world_size=2)
     for row in [*summary["rate"], *shared["rate"]]:
@@ -226,21 +228,43 @@ def test_rates_have_the_accuracy_of_torchdistills_quantizer(
     assert shared == summary
 
 
-def test_the_teacher_gets_what_pillow_recompresses(val):
-    seen = []
+class NoteImages:
+    """A teacher that notes its images, and finds one box that is the image."""
 
-    def teacher(images):
-        seen.extend(images)
-        return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}]
+    def __init__(self, **sizes):
+        self.seen = []
+        self.transform = models.build_detector("fasterrcnn", **sizes).transform
 
-    row = evaluate.measure_jpeg(teacher, 30, val, CPU, workers=0)
+    def __call__(self, images):
+        self.seen += images
+        [(_, height, width)] = [image.shape for image in images]
+        return [{"boxes": torch.tensor([[0.0, 0, width, height]]), "labels": torch.tensor([1]),
+                 "scores": torch.tensor([0.9]), "masks": torch.ones(1, 1, height, width)}]
+
+
+@pytest.mark.parametrize("is_resized", [False, True])
+def test_the_teacher_gets_what_pillow_recompresses(is_resized, val, monkeypatch):
+    """And what it finds in a resized image is told in the pixels of the whole one."""
+    teacher, found = NoteImages(**SIZES), []
+    monkeypatch.setattr(evaluate, "to_coco", lambda image_id, detections: found.append(detections) or [])
+    row = evaluate.measure_jpeg(teacher, 30, is_resized, val, CPU, workers=0)
     sizes = []
-    for info, image in zip(val.images, seen, strict=True):
+    for info, image, detections in zip(val.images, teacher.seen, found, strict=True):
+        picture = Image.open(val.folder / info.file_name).convert("RGB")
+        if is_resized:
+            scale = min(96 / min(picture.size), 160 / max(picture.size))
+            picture = picture.resize(
+                [round(scale * side) for side in picture.size], Image.Resampling.BILINEAR)
+            resized = teacher.transform([torch.zeros(3, picture.height, picture.width)])[0]
+            assert resized.image_sizes == [(picture.height, picture.width)]  # it leaves it so
         file = io.BytesIO()
-        Image.open(val.folder / info.file_name).convert("RGB").save(file, "JPEG", quality=30)
+        picture.save(file, "JPEG", quality=30)
         sizes.append(len(file.getvalue()))
         wanted = np.array(Image.open(file)).transpose(2, 0, 1)
         assert torch.equal((image * 255).round().byte(), torch.from_numpy(wanted))
+        torch.testing.assert_close(
+            detections["boxes"], torch.tensor([[0.0, 0, info.width, info.height]]))
+        assert detections["masks"].shape == (1, 1, info.height, info.width)
     assert row["payload_bytes"] == np.mean(sizes) and row["quality"] == 30
 
 
@@ -268,17 +292,20 @@ def test_teacher_student_and_agreement_are_printed_and_drawn(
         dataset, checkpoints, teachers, tmp_path, call, monkeypatch):
     """In pictures of three panels: annotations, teacher, student."""
     monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", 1)
+    content = models.load_checkpoint(checkpoints["maskrcnn"])
+    content["config"] = {"bottleneck_channels": 3, "is_recipe": True, **SIZES}
+    torch.save(content, tmp_path / "student.pt")
     status, out, err = call(
-        evaluate.main, "--ckpt", checkpoints["maskrcnn"], "--data-dir", dataset, *SIZE_FLAGS,
-        "--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 1, "--pictures", tmp_path)
+        evaluate.main, "--ckpt", tmp_path / "student.pt", "--data-dir", dataset, "--device", "cpu",
+        "--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 1, "--pictures", tmp_path / "pictures")
     assert status == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert list(summary) == ["teacher", "student", "agreement"]
-    numbers = (f"{x:.4f}" for x in summary["agreement"]["segm"])
+    numbers = (f"{x:.4f}" for x in summary["agreement"]["segm"].values())
     for text in ("AP published", "0.379", "0.346", "0.369", "0.336", *numbers):
         assert text in out
-    assert len(list(tmp_path.iterdir())) == 1
-    for path in tmp_path.iterdir():
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    for path in (tmp_path / "pictures").iterdir():
         picture = data.read_image(path).float()
         bare = Image.open(dataset / "val2017" / path.name).convert("RGB")
         zoom = picture.shape[1] // bare.height
@@ -298,7 +325,7 @@ def test_pictures_of_one_stem_in_several_folders(val, tmp_path):
     mine = evaluate.ValSet.__new__(evaluate.ValSet)
     mine.images, mine.folder, mine.iou_types = images, tmp_path, ("bbox",)
     mine.coco = evaluate.make_coco({"images": [], "annotations": [], "categories": []})
-    evaluate.draw_pictures(mine, [], [], tmp_path / "pictures", 2)
+    evaluate.draw_pictures(mine, [], [], tmp_path / "pictures")
     for folder, colour in folders.items():
         picture = Image.open(tmp_path / "pictures" / folder / "0001.png.jpg")
         assert np.allclose(picture.getpixel((300, 100)), colour, atol=4)
@@ -306,176 +333,43 @@ def test_pictures_of_one_stem_in_several_folders(val, tmp_path):
 
 
 def test_published_figures_are_the_published_ones():
-    students = {arch: figures["student"] for arch, figures in evaluate.PUBLISHED.items()}
+    students = {arch: figures["student"] for arch, figures in evaluate.PUBLISHED_AP.items()}
     assert students == {"fasterrcnn": {"bbox": 0.359}, "maskrcnn": {"bbox": 0.369, "segm": 0.336}}
-    for arch, published in evaluate.PUBLISHED.items():
+    for arch, published in evaluate.PUBLISHED_AP.items():
         weights = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1
         metrics = weights.meta["_metrics"]["COCO-val2017"]
         assert math.isclose(published["teacher"]["bbox"], metrics["box_map"] / 100)
         assert math.isclose(published["teacher"].get("segm", 0), metrics.get("mask_map", 0) / 100)
 
 
-# ---- annotation files: a figure is right, or an error names the entry ----------------------------
+def test_published_figures_stand_beside_published_students_only(
+        checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", 7)
 
+    def published(path, images=7, **settings):
+        student, config = models.load_student(path, **settings)
+        return evaluate.published_ap(student, config, SimpleNamespace(images=[None] * images))
 
-@pytest.fixture(scope="module")
-def perfect(dataset):
-    """Results that are the annotations themselves: on any right reading of them, AP is 1."""
-    content = json.loads(annotation_file(dataset).read_text())
-    coco = evaluate.make_coco(content)
-    return [
-        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"],
-         "segmentation": encode(coco.annToMask(a)), "score": 0.5 + 0.001 * i}
-        for i, a in enumerate(content["annotations"]) if not a["iscrowd"]]
+    path = checkpoints["fasterrcnn"]
+    assert published(path) == evaluate.PUBLISHED_AP["fasterrcnn"]  # as in torchdistill's files
+    assert published(path, images=6) == published(path, min_size=600) == {}
+    content = models.load_checkpoint(path)
+    for config, is_published in (({"train": {}}, True), ({"is_recipe": True}, True),
+                                 ({"is_recipe": False}, False), ({}, False)):
+        if "train" not in config:
+            config["bottleneck_channels"] = 3
+        torch.save(content | {"config": config}, tmp_path / "x.pt")
+        assert bool(published(tmp_path / "x.pt")) == is_published
 
+    class Other(models.Bottleneck):
+        """With a bias more."""
 
-def metrics_of(folder, results, iou_type):
-    content = evaluate.read_annotations(annotation_file(folder), classes=91, masks=True)
-    coco = evaluate.make_coco(content)
-    image_ids = sorted(coco.getImgIds())
-    return evaluate.coco_metrics(coco, results, image_ids, iou_type)
+        def __init__(self):
+            super().__init__()
+            self.encoder[7] = torch.nn.Conv2d(64, 3, kernel_size=2, padding=1)
 
-
-def drop(*fields):
-    def edit(content):
-        for annotation in content["annotations"]:
-            for field in fields:
-                if not (field == "iscrowd" and annotation["iscrowd"]):
-                    del annotation[field]
-    return edit
-
-
-def renumber(*ids):
-    def edit(content):
-        for i, annotation in enumerate(content["annotations"]):
-            annotation["id"] = ids[i] if i < len(ids) else i + len(ids)
-    return edit
-
-
-def add_strays(content):
-    first = content["annotations"][0]
-    content["annotations"] += [first | {"image_id": 999}, first | {"category_id": 77}]
-    content["categories"].append({"id": 0, "name": "unused, as Roboflow writes it"})
-
-
-def crowds_uncompressed(content):
-    for annotation in content["annotations"]:
-        if annotation["iscrowd"]:
-            rle = annotation["segmentation"]
-            rle["counts"] = evaluate.run_lengths(rle["counts"])
-
-
-@pytest.mark.parametrize("edit", [
-    lambda content: None, renumber(), renumber(5, 0), renumber(7, 7, 7, 7), drop("id"),
-    drop("area"), drop("iscrowd"), drop("id", "area"), add_strays, crowds_uncompressed])
-def test_what_can_be_repaired_gives_the_right_metrics(own_dataset, perfect, edit):
-    edit_json(annotation_file(own_dataset), edit)
-    for iou_type in ("bbox", "segm"):
-        metrics = metrics_of(own_dataset, perfect, iou_type)
-        assert metrics[0] == 1 and all(value in (1, -1) for value in metrics[:6])
-
-
-@pytest.mark.parametrize("group, field, value, expected", [
-    ("images", "id", "7", "a whole number"), ("images", "id", 1, "unique: images[0] has it too"),
-    ("images", "file_name", None, "a path below the image folder"),
-    ("images", "width", 0, "a whole number of pixels"),
-    ("images", "height", 99.5, "a whole number of pixels"),
-    ("categories", "id", "2", "a whole number"), ("categories", "id", 1, "unique: categories"),
-    ("annotations", "image_id", "2", "a whole number"),
-    ("annotations", "category_id", "2", "a whole number"),
-    ("annotations", "category_id", 2.0, "a whole number"),
-    ("annotations", "bbox", None, "four finite numbers"),
-    ("annotations", "bbox", [], "four finite numbers"),
-    ("annotations", "bbox", [float("nan")] * 4, "four finite numbers"),
-    ("annotations", "bbox", [1, 2, -3, 4], "not negative"),
-    ("annotations", "area", float("inf"), "a finite number"),
-    ("annotations", "iscrowd", "no", "0 or 1"),
-    ("annotations", "segmentation", [], "polygons"),
-    ("annotations", "segmentation", [1, 2, 3, 4, 5, 6], "polygons"),
-    ("annotations", "segmentation", [[1, 2, 3, 4]], "polygons"),
-    ("annotations", "segmentation", [[1, 2, 3, 4, 5, 6, 7]], "polygons"),
-    ("annotations", "segmentation", {"size": [9, 9], "counts": "0"}, "or an RLE of"),
-    ("annotations", "segmentation", {"size": None, "counts": [3]}, "or an RLE of")])
-def test_what_is_wrong_is_named_with_its_place(own_dataset, group, field, value, expected):
-    path = annotation_file(own_dataset)
-    entry_id = json.loads(path.read_text())[group][1]["id"]
-    if field == "id":
-        entry_id = value
-    edit_json(path, lambda content: content[group][1].update({field: value}))
-    with pytest.raises(InputError) as error:
-        evaluate.read_annotations(path, classes=91, masks=True)
-    message = str(error.value)
-    assert message.startswith(f"{path}: {group}[1], with id {entry_id!r}: its {field} is ")
-    assert expected in message
-
-
-@pytest.mark.parametrize("classes, category", [(91, 0), (91, 91), (3, 3)])
-def test_categories_that_the_detector_does_not_have_are_named(own_dataset, classes, category):
-    def edit(content):
-        content["categories"].append({"id": category, "name": "x"})
-        content["annotations"][4]["category_id"] = category
-
-    edit_json(annotation_file(own_dataset), edit)
-    with pytest.raises(InputError, match=rf"annotations\[4\].*category_id is {category}, not one of "
-                                         f"the detector's classes, 1 to {classes - 1}"):
-        evaluate.read_annotations(annotation_file(own_dataset), classes, masks=False)
-
-
-@pytest.mark.parametrize("counts, is_whole", [
-    ([30, 20, 70], True), ([30, 20], False), ([30, 200], False), ([130, -10], False),
-    ([30, 20, "70"], False), ("", False), ("abc", False), ("zzz", False), ("\x00", False)])
-def test_run_lengths_must_cover_the_image(counts, is_whole):
-    """pycocotools fills what runs do not cover with whatever is in memory."""
-    rle = {"size": [10, 12], "counts": counts}
-    assert evaluate.is_mask(rle, 10, 12) == is_whole
-    if is_whole:
-        assert evaluate.run_lengths(
-            coco_mask.frPyObjects(rle, 10, 12)["counts"].decode()) == counts
-    assert not evaluate.is_mask(rle, 12, 10)
-
-
-def test_run_lengths_are_decoded_as_by_pycocotools():
-    rng = np.random.default_rng(0)
-    for density in (0, 0.01, 0.5, 1):
-        mask = rng.random((37, 61)) < density
-        text = encode(mask)["counts"]
-        runs = evaluate.run_lengths(text)
-        values = np.repeat(np.arange(len(runs)) % 2, runs).reshape(61, 37).T
-        assert (values == mask).all()
-        assert not evaluate.is_mask({"size": [37, 61], "counts": text[:-1]}, 37, 61)
-
-
-VALUES = [None, "x", [], {}, -1, 0, 1e99, float("nan"), float("inf"), True, ...]  # ...: missing
-
-
-@pytest.mark.parametrize("group, field", [
-    *(("images", field) for field in ("id", "file_name", "width", "height")),
-    *(("annotations", field) for field in (
-        "id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")),
-    *(("categories", field) for field in ("id", "name"))])
-def test_any_value_of_any_field_gives_metrics_of_pycocotools_or_is_named(
-        group, field, own_dataset, perfect, tmp_path):
-    path = annotation_file(own_dataset)
-    whole = path.read_bytes()
-    for value in VALUES:
-        path.write_bytes(whole)
-
-        def edit(content, value=value):
-            content[group][0].pop(field)
-            if value is not ...:
-                content[group][0][field] = value
-
-        edit_json(path, edit)
-        try:
-            content = evaluate.read_annotations(path, classes=91, masks=True)
-        except InputError as error:
-            assert f"{path}: {group}[0]" in str(error) and f"its {field} is " in str(error)
-            continue
-        coco = evaluate.make_coco(content)
-        known = [r for r in perfect if r["image_id"] in coco.imgs]
-        for iou_type in ("bbox", "segm"):
-            repaired, results = tmp_path / "repaired.json", tmp_path / "results.json"
-            repaired.write_text(json.dumps(content))
-            results.write_text(json.dumps(evaluate.results_of_type(known, iou_type)))
-            metrics = evaluate.coco_metrics(coco, known, sorted(coco.getImgIds()), iou_type)
-            assert metrics == plain_metrics(repaired, results, iou_type)
+    other = {f"backbone.body.layer1.{key}": value for key, value in Other().state_dict().items()}
+    torch.save({"model": content["model"] | other}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="does not fit"):
+        models.load_student(tmp_path / "x.pt")
+    assert published(tmp_path / "x.pt", bottleneck=Other()) == {}

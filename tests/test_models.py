@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import urllib.error
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -87,21 +88,11 @@ def test_detector_is_torchvisions_with_the_published_eps(arch, teacher, student,
         assert repr(getattr(ours, part)) == repr(getattr(theirs, part))
     heads = ours.roi_heads
     assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.05, 0.5, 100)
-    loaded, found_arch = models.load_student(checkpoints[arch])
-    assert found_arch == arch
+    loaded, config = models.load_student(checkpoints[arch])
+    assert (config["arch"], config["min_size"], config["max_size"]) == (arch, 800, 1333)
     for detector in (ours, teacher, student, loaded):
         norms = [m for m in detector.modules() if isinstance(m, FrozenBatchNorm2d)]
         assert {norm.eps for norm in norms} == {0} and not detector.training
-
-
-@pytest.mark.parametrize("device, capability, layout", [
-    ("cpu", "AVX2", torch.contiguous_format), ("cpu", "AVX512", torch.channels_last),
-    ("cuda", (7, 5), torch.contiguous_format), ("cuda", (8, 0), torch.channels_last)])
-def test_memory_format_follows_the_device(device, capability, layout, monkeypatch):
-    name = {"cpu": "torch.backends.cpu.get_cpu_capability",
-            "cuda": "torch.cuda.get_device_capability"}[device]
-    monkeypatch.setattr(name, lambda *_: capability)
-    assert models.memory_format(torch.device(device)) == layout
 
 
 @torch.no_grad()
@@ -115,6 +106,31 @@ def test_moving_to_a_device_changes_no_detection(teacher, monkeypatch):
         assert same(moved.state_dict(), teacher.state_dict())
         assert same(moved.transform([image])[0].tensors, teacher.transform([image])[0].tensors)
     assert same(moved([image]), wanted) and len(wanted[0]["boxes"]) > 1
+
+
+class Strided(torch.nn.Module):
+    """A bottleneck with another layout: an eighth of the height and width."""
+
+    def __init__(self, up=8):
+        super().__init__()
+        self.encoder = torch.nn.Conv2d(64, 5, kernel_size=8, stride=8)
+        self.decoder = torch.nn.ConvTranspose2d(5, 256, kernel_size=8, stride=up)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+def test_a_bottleneck_must_keep_the_contract(teacher):
+    student = models.build_student(teacher, Strided())
+    assert isinstance(student.backbone.body.layer1, Strided)
+    with pytest.raises(InputError, match=r"of Strided maps \(1, 64, 24, 40\) to \(1, 256, 22, 36\)"):
+        models.build_student(teacher, Strided(up=7))
+    with pytest.raises(InputError, match="Conv2d has no encoder; a bottleneck needs"):
+        models.build_student(teacher, torch.nn.Conv2d(64, 256, 1))
+    narrow = Strided()
+    narrow.forward = lambda x: x
+    with pytest.raises(InputError, match=r"^Strided maps .* to \(1, 64, 24, 40\), not"):
+        models.build_student(teacher, narrow)
 
 
 # ---- what training runs --------------------------------------------------------------------------
@@ -173,7 +189,7 @@ def test_bfloat16_is_used_only_where_the_device_has_it(monkeypatch):
     (3, "cuda:0", None), (6, "cpu", b"numpy.core"), (3, "cuda:0", b"numpy._core")])
 def test_files_of_2020_load(arch, teacher, tmp_path, monkeypatch, channels, device, numpy_module):
     """Zip files, and pre-zip files with either name of numpy's scalar; saved on a GPU or not."""
-    state = models.build_student(teacher, channels).state_dict()
+    state = models.build_student(teacher, models.Bottleneck(channels)).state_dict()
     path = tmp_path / "file.pt"
     names = REFERENCE["names_of_2020"][arch]
     old = collections.OrderedDict((names.get(key, key), value) for key, value in state.items())
@@ -188,8 +204,8 @@ def test_files_of_2020_load(arch, teacher, tmp_path, monkeypatch, channels, devi
         raw = re.sub(rb"cnumpy\._?core\.multi", b"c" + numpy_module + b".multi", path.read_bytes())
         assert b"c" + numpy_module + b".multiarray\n" in raw
         path.write_bytes(raw)
-    student, found_arch = models.load_student(path)
-    assert found_arch == arch and same(student.state_dict(), state)
+    student, config = models.load_student(path, bottleneck=models.Bottleneck(channels))
+    assert config["arch"] == arch and same(student.state_dict(), state)
     content = models.load_checkpoint(path)
     assert content["best_value"] == 0.359 and content["lr_scheduler"]["milestones"][15] == 1
 
@@ -222,8 +238,11 @@ class Malicious:
     ({"model": None}, "holds no state dict"),
     ({"optimizer": {}}, "holds no state dict: 'optimizer' is no tensor"),
     ({"model": {1: torch.zeros(1)}}, "holds no state dict"),
-    ({"model": {"x": torch.zeros(1)}}, "no student: it has no backbone.body.layer1.encoder.7"),
-    ({"model": {"seq.backbone.body.conv1.weight": torch.zeros(1)}}, "training wrapper")])
+    ({"model": {"x": torch.zeros(1)}}, "holds no detector: it has no roi_heads.box_predictor"),
+    ({"model": {models.CLASS_SCORES: torch.zeros(())}}, "holds no detector"),
+    ({"model": {models.CLASS_SCORES: torch.zeros(1).expand(10**7, 1024)}}, "has not as many values"),
+    ({"model": {models.CLASS_SCORES: torch.zeros(10**7, 1024, device="meta")}}, "as many values"),
+    ({"model": {"x": torch.eye(3).to_sparse()}}, "has not as many values")])
 def test_files_of_other_contents_are_refused(content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(content, "file.pt")
@@ -237,20 +256,31 @@ def test_files_of_other_contents_are_refused(content, message, tmp_path, monkeyp
     ({"rpn.head.cls_logits.bias": torch.zeros(5)}, "does not fit: .*size mismatch"),
     ({"surplus": torch.zeros(1)}, "does not fit: .*surplus"),
     ({"rpn.head.cls_logits.bias": torch.full((3,), np.nan)},
-     "spoilt: rpn.head.cls_logits.bias has values that are not finite"),
+     "rpn.head.cls_logits.bias has values that are not finite"),
     ({"backbone.body.bn1.running_var": torch.zeros(64)},
-     "spoilt: backbone.body.bn1 divides by a variance .* --teacher-eps"),
-    ({models.NARROWEST: None}, "holds no student"), ({models.CLASS_SCORES: None}, "no student")])
+     "cannot be used: backbone.body.bn1 divides by a variance .* --teacher-eps"),
+    ({"backbone.body.layer1.encoder.7.weight": None}, "does not fit: .*layer1.encoder.7.weight"),
+    ({models.CLASS_SCORES: None}, "holds no detector")])
 def test_weights_that_do_not_fit_are_named(edit, message, checkpoints, tmp_path):
     state = models.load_checkpoint(checkpoints["fasterrcnn"])["model"] | edit
     torch.save({key: value for key, value in state.items() if value is not None},
                tmp_path / "file.pt")
-    with pytest.raises(InputError, match=f"file.pt .*{message}"):
+    with pytest.raises(InputError, match=f"file.pt.* .*{message}"):
+        models.load_student(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("bottleneck_channels", 10**9), ("min_size", "800"), ("max_size", -1)])
+def test_a_config_that_cannot_be_right_is_named(field, value, checkpoints, tmp_path):
+    config = {"bottleneck_channels": 3, field: value}
+    content = models.load_checkpoint(checkpoints["fasterrcnn"])
+    torch.save(content | {"config": config}, tmp_path / "file.pt")
+    with pytest.raises(InputError, match=f"file.pt cannot be used: its config has {field} "):
         models.load_student(tmp_path / "file.pt")
 
 
 def test_files_of_another_detector_are_refused(teachers, checkpoints):
-    with pytest.raises(InputError, match="fasterrcnn.pt holds no student"):
+    with pytest.raises(InputError, match="fasterrcnn.pt does not fit"):
         models.load_student(teachers["fasterrcnn"])
     for arch, path in (("maskrcnn", teachers["fasterrcnn"]), ("fasterrcnn", teachers["maskrcnn"]),
                        ("fasterrcnn", checkpoints["fasterrcnn"])):
@@ -288,6 +318,19 @@ def test_a_teacher_with_eps_is_its_own_batch_norm(arch, teacher, teachers):
     assert not same(ours.backbone.body(batch)["3"], teacher.backbone.body(batch)["3"])
 
 
+def test_ordinary_batch_norm_is_told_by_its_keys(teacher, teachers, tmp_path, capsys):
+    """A torchvision detector of nothing pretrained has it, with eps 1e-5."""
+    state = torch.load(teachers["fasterrcnn"], weights_only=True)
+    state["backbone.body.bn1.num_batches_tracked"] = torch.tensor(7)
+    torch.save(state, tmp_path / "teacher.pt")
+    ours = models.load_teacher("fasterrcnn", tmp_path / "teacher.pt")
+    assert "ordinary BatchNorm2d: taking its eps to be 1e-5" in capsys.readouterr().out
+    wanted = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], eps=1e-5)
+    assert same(ours.state_dict(), wanted.state_dict())
+    forced = models.load_teacher("fasterrcnn", tmp_path / "teacher.pt", eps=0.0)
+    assert not same(forced.state_dict(), wanted.state_dict())
+
+
 # ---- downloaded teachers -------------------------------------------------------------------------
 
 
@@ -300,21 +343,8 @@ def cached(tmp_path, monkeypatch):
     return path
 
 
-def test_a_cached_teacher_is_read_safely(cached, teachers, tmp_path, monkeypatch):
-    shutil.copy(teachers["fasterrcnn"], cached)
-    wanted = torch.load(cached, weights_only=True)
-    assert same(dict(models.load_teacher("fasterrcnn").state_dict()), dict(wanted))
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": Malicious()}, cached)
-    hostile = cached.read_bytes()
-    for raw in (hostile, b"<html>", b"", hostile[:50]):
-        cached.write_bytes(raw)
-        with pytest.raises(InputError, match=f"{cached} was refused"):
-            models.load_teacher("fasterrcnn")
-    assert not Path("was-run").exists()
-
-
-def test_a_teacher_is_downloaded_once_and_checked(cached, teachers, monkeypatch):
+def test_a_teacher_is_downloaded_once_checked_and_read_safely(
+        cached, teachers, tmp_path, monkeypatch):
     calls = []
 
     def download(url, path, hash_prefix, progress):
@@ -323,23 +353,28 @@ def test_a_teacher_is_downloaded_once_and_checked(cached, teachers, monkeypatch)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):
-        models.load_teacher("fasterrcnn")
+        teacher = models.load_teacher("fasterrcnn")
     [(url, hash_prefix)] = calls
     assert url.endswith(cached.name) and hash_prefix == "258fb6c6"
+    assert same(dict(teacher.state_dict()), dict(torch.load(cached, weights_only=True)))
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, cached)
+    hostile = cached.read_bytes()
+    for raw in (hostile, b"<html>", b"", hostile[:50]):
+        cached.write_bytes(raw)
+        with pytest.raises(InputError, match="no weights from http.* by way of the cache .*hub"):
+            models.load_teacher("fasterrcnn")
+    assert not Path("was-run").exists()
 
 
-def test_a_teacher_that_cannot_be_downloaded(cached, tmp_path, monkeypatch):
+def test_a_teacher_that_cannot_be_downloaded(cached, monkeypatch):
     def offline(*_, **__):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(InputError, match=r"no network.*258fb6c6.pth elsewhere .* --teacher-ckpt"):
+    with pytest.raises(InputError, match=r"258fb6c6.pth .*no network.* elsewhere .* --teacher-ckpt"):
         models.load_teacher("fasterrcnn")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", "~nobody-of-this-name")
-    with pytest.raises(InputError, match="no home directory .* set TORCH_HOME"):
-        models.load_teacher("fasterrcnn")
-    assert [path.name for path in tmp_path.iterdir()] == ["hub"]  # no folder named ~
 
 
 # ---- split computing -----------------------------------------------------------------------------
@@ -426,35 +461,53 @@ def payload(student):
     return models.Head(student, 8).compress(random(3, 90, 131))
 
 
-def changed_header(payload, **fields):
-    header = models.Header._make(models.HEADER_FORMAT.unpack_from(payload))._replace(**fields)
-    return models.HEADER_FORMAT.pack(*header) + payload[models.HEADER_FORMAT.size:]
+def changed(payload, values=None, **fields):
+    """The payload with other fields in its header, or other values."""
+    content = zlib.decompress(payload)
+    size = models.HEADER_FORMAT.size
+    header = models.Header._make(models.HEADER_FORMAT.unpack_from(content))._replace(**fields)
+    values = content[size:] if values is None else values
+    return zlib.compress(models.HEADER_FORMAT.pack(*header) + values)
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda p: b"", "0 bytes, less than a header"),
-    (lambda p: p[:models.HEADER_FORMAT.size - 1], "less than a header"),
-    (lambda p: p[:models.HEADER_FORMAT.size], "holds 0 bytes"),
-    (lambda p: p[:-1], "cut off"),
-    (lambda p: p[:-100], "holds .* bytes of values"),
+    (lambda p: b"", "cut off"), (lambda p: p[:-1], "cut off"), (lambda p: p[:-100], "cut off"),
     (lambda p: p[:-1] + b"?", "cannot be unzipped"),
     (lambda p: p + b"x", "goes on after its end"),
-    (lambda p: b"\x89PNG" + p[4:], "starts with"),
-    (lambda p: changed_header(p, bits=9), "9 bits"),
-    (lambda p: changed_header(p, bits=16), "holds .* bytes of values, not"),
-    (lambda p: changed_header(p, scale=float("nan")), "scale is nan"),
-    (lambda p: changed_header(p, image_width=0), "no pixels"),
-    (lambda p: changed_header(p, resized_height=0), "no pixels"),
-    (lambda p: changed_header(p, resized_width=161), "larger than 160"),
-    (lambda p: changed_header(p, resized_width=32), "bytes of values, not")])
+    (lambda p: zlib.compress(b"GHND"), "a Head has not made it"),
+    (lambda p: changed(p, magic=b"PNG!"), "a Head has not made it"),
+    (lambda p: changed(p, bits=9), "sizes cannot be right"),
+    (lambda p: changed(p, bits=16), "sizes cannot be right"),
+    (lambda p: changed(p, scale=float("nan")), "sizes cannot be right"),
+    (lambda p: changed(p, image_width=0), "sizes cannot be right"),
+    (lambda p: changed(p, resized_height=0), "sizes cannot be right"),
+    (lambda p: changed(p, image_width=2**32 - 1, image_height=2**32 - 1), "sizes cannot be right"),
+    (lambda p: changed(p, rows=7), "sizes cannot be right"),
+    (lambda p: changed(p, values=b""), "sizes cannot be right"),
+    (lambda p: changed(p, values=bytes(models.MAX_BYTES)), "too large"),
+    (lambda p: changed(p, resized_width=161), "for a student of other sizes"),
+    (lambda p: changed(p, bytes(3 * 4096 * 4096), rows=4096, columns=4096), "of other sizes"),
+    (lambda p: changed(p, bytes(4 * 50 * 50), channels=4, rows=50, columns=50), "does not take")])
 def test_damaged_payloads_are_refused(student, payload, damage, message):
     with pytest.raises(InputError, match=f"payload refused: .*{message}"):
         models.Tail(student).detect(damage(payload))
 
 
-def test_a_payload_of_another_student_or_with_too_much_in_it_is_refused(teacher, payload):
-    with pytest.raises(InputError, match="bytes of values, not"):
-        models.Tail(models.build_student(teacher, 4)).detect(payload)
-    bomb = payload[:models.HEADER_FORMAT.size] + models.zlib.compress(bytes(50_000_000))
-    with pytest.raises(InputError, match="bytes of values, not"):
-        models.Tail(models.build_student(teacher)).detect(bomb)
+def test_any_changed_bit_of_a_payload_is_noticed(payload):
+    """By zlib's checksum, which covers header and values."""
+    for position in np.linspace(0, len(payload) - 1, 60).astype(int):
+        damaged = bytearray(payload)
+        damaged[position] ^= 1 << (position % 8)
+        with pytest.raises(InputError, match="payload refused"):
+            models.unpack(bytes(damaged))
+
+
+def test_another_bottleneck_is_split_as_well(teacher):
+    """Whose values have another shape, of which nothing but its head knows."""
+    student = models.build_student(teacher, Strided())
+    payload = models.Head(student, 32).compress(random(3, 90, 131))
+    header, values = models.unpack(payload)
+    assert values.shape == (1, 5, 3, 5) == (1, header.channels, header.rows, header.columns)
+    with torch.no_grad():
+        wanted = student([random(3, 90, 131)])[0]
+    assert same(models.Tail(student).detect(payload), wanted)

@@ -84,8 +84,8 @@ def test_original_student_loads_our_checkpoint_strictly_and_computes_the_same(bo
 @pytest.mark.parametrize("file", ["zip.pt", "old.pt"])
 def test_original_checkpoint_loads_strictly_into_our_student(both_students, file):
     arch, student, folder, seen = both_students
-    loaded, found_arch = models.load_student(folder / file, **SIZES)
-    assert found_arch == arch and same(loaded.state_dict(), student.state_dict())
+    loaded, config = models.load_student(folder / file, **SIZES)
+    assert config["arch"] == arch and same(loaded.state_dict(), student.state_dict())
     assert same(outputs(loaded), (seen["features"], seen["detections"]))
     content = models.load_checkpoint(folder / file)
     assert content["best_value"] == 0.25 and content["args"].config == "x.yaml"
@@ -202,11 +202,10 @@ def train_ours(path, batches, monkeypatch):
 
     monkeypatch.setattr(losses, "squared_errors", noted)
     for images in batches:
-        train.train_epoch(
-            experiment, run, student_body, teacher_body, teacher.transform, OneBatch([images]),
-            report=lambda record: steps.append(
-                [record["lr"], record["loss"], *terms[-1].tolist()]),
-            save=lambda: None)
+        for record in train.train_epoch(
+                experiment, run, student_body, teacher_body, teacher.transform,
+                OneBatch([images])):
+            steps.append([record["lr"], record["loss"], *terms[-1].tolist()])
         run.start_next_epoch()
     return np.array(steps), student, run.optimizer
 
@@ -315,10 +314,9 @@ def test_batches_are_prepared_as_the_original_prepares_them(dataset, teachers):
             return {str(i): self.value for i in range(4)}
 
     run = train.Run(student, torch.optim.SGD(student.backbone.body.conv1.parameters()), None)
-    train.train_epoch(
+    list(train.train_epoch(
         replace(train.FASTERRCNN, images_per_step=4), run, Body(1.0, batches.append),
-        Body(2.0, lambda batch: None), teacher.transform, loader, lambda record: None,
-        lambda: None)
+        Body(2.0, lambda batch: None), teacher.transform, loader))
     for keys, batch in zip(loader.batch_sampler, batches, strict=True):
         originals = []
         for position, flip in keys:

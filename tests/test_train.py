@@ -42,11 +42,12 @@ def test_experiments_are_the_published_ones(arch):
         "arch": arch, "bottleneck_channels": 3, "layer_weights": (1, 1, 1, 1), "epochs": 20,
         "images_per_step": 12, "reference_batch": 4, "lr": 1e-3, "lr_drops": (5, 15),
         "lr_drop_factor": 0.1, "min_size": 800, "max_size": 1333, "seed": 0}
-    assert train.PUBLISHED[arch] == tuple(
+    assert train.PUBLISHED_EPOCHS[arch] == tuple(
         (float(f"{epoch['loss']['9000'][1] / 1e6:.3f}e6"), epoch.get("new_best_bbox_map"))
         for epoch in epochs)
-    assert evaluate.PUBLISHED[arch]["student"] == PUBLISHED["reported"][arch]
-    steps = PUBLISHED["train_images_after_filtering"] // experiment.images_per_step
+    assert evaluate.PUBLISHED_AP[arch]["student"] == PUBLISHED["reported"][arch]
+    assert train.RECIPE_IMAGES == PUBLISHED["train_images_after_filtering"]
+    steps = train.RECIPE_IMAGES // experiment.images_per_step
     assert steps == PUBLISHED[arch]["iterations_per_epoch"]
 
 
@@ -73,13 +74,25 @@ def test_processes_that_cannot_share_a_step_are_told(processes):
 def test_flags_change_the_experiment_and_nothing_else(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "run_experiment", lambda *args, **kwargs: seen.append((args, kwargs)))
-    monkeypatch.setattr("sys.argv", ["train.py", "--arch", "maskrcnn", "--max-size", "999",
-                                     "--epochs", "3", "--data-dir", "/x", "--resume"])
+    flags = ("--arch maskrcnn --max-size 999 --epochs 3 --layer-weights 1 0 0 0.5 --lr 2e-4 "
+             "--lr-drops 1 2 --data-dir /x --resume")
+    monkeypatch.setattr("sys.argv", ["train.py", *flags.split()])
     train.main()
     [((experiment,), settings)] = seen
-    assert experiment == replace(train.MASKRCNN, max_size=999, epochs=3)
+    assert experiment == replace(
+        train.MASKRCNN, max_size=999, epochs=3, layer_weights=(1, 0, 0, 0.5), lr=2e-4,
+        lr_drops=(1, 2))
     assert settings["data_dir"] == Path("/x") and settings["resume"] is True
-    assert settings["save_every"] == 2000 and settings["output_dir"] == Path("coco/ghnd")
+    assert settings["save_every"] == 2000 and settings["output_dir"] == Path("coco/maskrcnn")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"epochs": 0}, "epochs is 0"), ({"images_per_step": -3}, "images_per_step is -3"),
+    ({"seed": -1}, "seed is -1"), ({"seed": 2**64}, "seed is 18446744073709551616"),
+    ({"layer_weights": (1.0,)}, "not one for each layer")])
+def test_an_experiment_that_cannot_be_run_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(train.FASTERRCNN, **changes)
 
 
 # ---- one step is the same step on any number of processes ----------------------------------------
@@ -105,9 +118,9 @@ def one_step():
     images, images_folder = data.load_train_split(folder, 128)
     loader = data.train_loader(images, images_folder, micro_batch, 0, 0, CPU)
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0)
-    reports = []
-    train.train_epoch(train.FASTERRCNN, train.Run(student, optimizer, None), student_body,
-                      teacher_body, teacher.transform, loader, reports.append, lambda: None)
+    reports = list(train.train_epoch(
+        train.FASTERRCNN, train.Run(student, optimizer, None), student_body, teacher_body,
+        teacher.transform, loader))
     if distributed.rank() == 0:
         grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
         torch.save({"reports": reports, "grads": grads}, output)
@@ -183,16 +196,27 @@ def three_processes(dataset, teachers, tmp_path_factory):
     return folder, job.out
 
 
-def test_a_run_on_three_processes_reports_what_it_did(three_processes):
+def test_a_run_on_three_processes_reports_what_it_did(three_processes, dataset):
     folder, out = three_processes
-    steps, epochs, tests = (
-        records(folder / "maskrcnn", kind) for kind in ("step", "epoch", "test"))
-    assert [step["step"] for step in steps] == [2] and len(epochs) == len(tests) == 1
-    step = steps[0]
-    assert step["loss"] == epochs[0]["loss"] > 0 and len(step["relative_errors"]) == 4
+    starts, steps, epochs, tests = (
+        records(folder, kind) for kind in ("start", "step", "epoch", "test"))
+    assert [step["step"] for step in steps] == [1, 2]
+    assert len(starts) == len(epochs) == len(tests) == 1
+    losses = [step["loss"] for step in steps]
+    assert epochs[0]["loss"] == pytest.approx(sum(losses) / 2) and losses[0] > 0
+    step = steps[1]
+    assert len(step["relative_errors"]) == 4
     assert step["lr"] == 1e-3 and step["images_per_second"] > 0
     assert 0 <= step["data_wait"] <= 1 and step["hours_left"] == 0
-    assert out.count("epoch 0 step 2/2") == 1
+    assert list(epochs[0]["metrics"]["segm"]) == list(evaluate.METRICS)
+    assert starts[0]["processes"] == 3 and starts[0]["data_dir"] == str(dataset)
+    assert starts[0]["config"]["epochs"] == 1 and starts[0]["versions"]["torch"] == torch.__version__
+    assert "--limit-train" in starts[0]["command"]
+    log = (folder / "train.log").read_text()
+    for text in ("epoch 0 step 2/2", "images left out", "validation 0: 2 images",
+                 "test of the student: 2 images", '"kind": "start"'):
+        assert out.count(text) == log.count(text) == 1, text
+    assert "best before" not in out and " MiB" not in out and " h left" not in out
     assert {p.name for p in folder.rglob("*") if p.is_file()} == {
         BEST.format("maskrcnn"), "last.pt", "metrics.jsonl", "train.log"}
 
@@ -221,7 +245,7 @@ def main_without_kernels():
 
 
 def test_compiled_training_is_the_same_within_rounding(finish, dataset, teachers, tmp_path):
-    """Five steps of other sizes, with and without --compile; then both runs go on without."""
+    """Five steps of other sizes, with and without --compile."""
     few_steps = ["--images-per-step", 1, "--limit-train", 5, "--limit-val", 1, "--log-every", 1]
     reports, content = {}, {}
     for name, main, more in (
@@ -230,9 +254,9 @@ def test_compiled_training_is_the_same_within_rounding(finish, dataset, teachers
         job = finish(main, *flags("fasterrcnn", dataset, teachers, folder, *few_steps, *more),
                      "--epochs", 1)
         reports[name] = [[record["loss"], *record["relative_errors"]]
-                         for record in records(folder / "fasterrcnn", "step")]
-        content[name] = models.load_checkpoint(folder / "fasterrcnn" / "last.pt")
-    assert "graphs 4 breaks 0" in job.out  # two bodies, loss and norms; one graph for all sizes
+                         for record in records(folder, "step")]
+        content[name] = models.load_checkpoint(folder / "last.pt")
+    assert "graphs 3 breaks 0" in job.out  # two bodies and the loss; one graph for all sizes
     assert len(reports["eager"]) == 5
     np.testing.assert_allclose(reports["compiled"], reports["eager"], rtol=1e-5)
 
@@ -242,46 +266,57 @@ def test_compiled_training_is_the_same_within_rounding(finish, dataset, teachers
         off = compiled["optimizer"]["state"][index]["exp_avg"] - moments["exp_avg"]
         assert off.norm() <= 1e-3 * moments["exp_avg"].norm()  # the mean gradient
 
-    finish(train.main, *flags("fasterrcnn", dataset, teachers, folder, *few_steps),
-           "--epochs", 2, "--resume")
-    assert records(folder / "fasterrcnn", "epoch")[-1]["epoch"] == 1
-
 
 def test_the_checkpoint_gives_the_metrics_of_its_last_validation(
         three_processes, dataset, finish):
     folder = three_processes[0]
+    """And at the image sizes that it holds, without flags for them."""
     job = finish(evaluate.main, "--ckpt", folder / BEST.format("maskrcnn"), "--data-dir", dataset,
-                 *SIZE_FLAGS, "--limit-val", 2, *SMALL)
-    validated = records(folder / "maskrcnn", "epoch")[-1]["metrics"]
+                 "--limit-val", 2, "--device", "cpu", "--workers", 0)
+    validated = records(folder, "epoch")[-1]["metrics"]
+    assert "maskrcnn at 64/96 pixels, on 1 process x cpu" in job.out
     assert json.loads(job.out.splitlines()[-1])["student"] == validated
-    assert records(folder / "maskrcnn", "test")[0]["metrics"]["student"] == validated
+    assert records(folder, "test")[0]["metrics"]["student"] == validated
 
 
-def test_an_experiment_runs_from_python_with_its_layer_weights(
-        dataset, teachers, tmp_path, monkeypatch):
-    """HND: the loss is layer1's alone. The same experiment again gives the same tensors."""
-    hnd = replace(train.FASTERRCNN, layer_weights=(1, 0, 0, 0), bottleneck_channels=6, epochs=1,
-                  **SIZES)
-    terms, ghnd_loss = [], losses.ghnd_loss
+def test_an_experiment_runs_from_python_with_ideas_of_its_own(dataset, teachers, tmp_path):
+    """Another bottleneck, another loss, another predictor. The same again gives the same tensors.
 
-    def noted(*args):
-        terms.append(ghnd_loss(*args))
-        return terms[-1]
+    What is logged, checked and recorded is the loss that was trained.
+    """
+    hnd = replace(train.FASTERRCNN, layer_weights=(1, 0, 0, 0), epochs=1, **SIZES)
+    losses_seen, predictors = [], []
 
-    monkeypatch.setattr(losses, "ghnd_loss", noted)
-    settings = {"data_dir": dataset, "teacher_ckpt": teachers["fasterrcnn"], "device": "cpu",
-                "workers": 0, "limit_train": 12, "limit_val": 1}
-    for name, experiment in (("a", hnd), ("b", hnd)):
-        metrics = train.run_experiment(experiment, output_dir=tmp_path / name, **settings)
+    def criterion(student_maps, teacher_maps, layer_weights):
+        loss, errors = losses.ghnd_loss(student_maps, teacher_maps, layer_weights)
+        assert loss == errors[0]
+        loss = loss + 1e6 * student_maps[0].abs().sum()
+        losses_seen.append(loss.item() / 3)
+        return loss, errors
+
+    def predictor(student):
+        predictors.append(student)
+        return evaluate.whole(student)
+
+    for name in "ab":
+        torch.manual_seed(1)
+        metrics = train.run_experiment(
+            hnd, data_dir=dataset, output_dir=tmp_path / name, teacher_ckpt=teachers["fasterrcnn"],
+            device="cpu", workers=0, limit_train=12, limit_val=1, bottleneck=models.Bottleneck(6),
+            criterion=criterion, predictor=predictor)
     assert set(metrics) == {"teacher", "student", "agreement"}
-    assert all(loss == errors[0] for loss, errors in terms) and len(terms) == 6
-    loss = sum(loss.item() for loss, _ in terms[:3]) / 3
-    assert records(tmp_path / "a" / "fasterrcnn", "step")[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert len(losses_seen) == 6 and len(predictors) == 4
+    [step] = records(tmp_path / "a", "step")
+    assert step["loss"] == pytest.approx(sum(losses_seen[:3]), rel=1e-6)
     a, b = (torch.load(tmp_path / name / BEST.format("fasterrcnn"), weights_only=True)
             for name in "ab")
     assert same(a, b)
-    assert "epoch 0: mean loss" in (tmp_path / "a" / "fasterrcnn" / "train.log").read_text()
-    assert a["model"][models.NARROWEST].shape[0] == 6
+    assert "epoch 0: mean loss" in (tmp_path / "a" / "train.log").read_text()
+    assert a["config"]["criterion"].endswith("criterion") and not a["config"]["is_recipe"]
+    path = tmp_path / "a" / BEST.format("fasterrcnn")
+    student, config = models.load_student(path, bottleneck=models.Bottleneck(6))
+    assert config["min_size"] == SIZES["min_size"] and config["layer_weights"] == (1, 0, 0, 0)
+    assert student.backbone.body.layer1.encoder[7].out_channels == 6
 
 
 def test_a_teacher_of_21_classes_with_another_eps_end_to_end(dataset, tmp_path, call):
@@ -300,8 +335,9 @@ def test_a_teacher_of_21_classes_with_another_eps_end_to_end(dataset, tmp_path, 
     status, out, err = call(train.main, *common, "--teacher-eps", "1e-5")
     assert status == 0, err
     assert "AP published" not in out  # nor are there figures to compare with
-    student, arch = models.load_student(tmp_path / "out" / BEST.format("fasterrcnn"))
-    assert arch == "fasterrcnn" and student.roi_heads.box_predictor.cls_score.out_features == 21
+    student, config = models.load_student(tmp_path / "out" / BEST.format("fasterrcnn"))
+    assert config["arch"] == "fasterrcnn"
+    assert student.roi_heads.box_predictor.cls_score.out_features == 21
 
 
 @pytest.mark.parametrize("before, box_ap, is_best", [
@@ -309,31 +345,42 @@ def test_a_teacher_of_21_classes_with_another_eps_end_to_end(dataset, tmp_path, 
     (-math.inf, -1.0, True), (-1.0, -1.0, True)])
 def test_the_best_epoch_is_the_newest_one_where_nothing_is_annotated(before, box_ap, is_best):
     run = train.Run(None, None, None, best_box_ap=before)
-    assert train.is_best(run, {"bbox": [box_ap]}) == is_best
+    assert run.is_best(box_ap) == is_best
 
 
-@pytest.mark.parametrize("changes, val_images, is_told", [
-    ({"seed": 7}, VAL_IMAGES, True), ({}, VAL_IMAGES, True), ({"min_size": 600}, VAL_IMAGES, False),
-    ({}, 5000, False)])
-def test_epochs_are_told_beside_the_published_ones_only_in_the_full_recipe(
-        changes, val_images, is_told, dataset, teachers, tmp_path, monkeypatch, caplog):
-    """With a loop that trains nothing, and a detector that finds nothing."""
+@pytest.mark.parametrize("changes, images, is_published", [
+    ({"seed": 7}, 32, True), ({}, 32, True), ({"min_size": 600}, 32, False), ({}, 33, False)])
+def test_published_figures_stand_beside_the_published_recipe_only(
+        changes, images, is_published, dataset, teachers, tmp_path, monkeypatch, capfd):
+    """With a loop that trains nothing, and metrics of nothing."""
 
-    def train_nothing(experiment, run, *_, **__):
+    def train_nothing(experiment, run, *_):
         run.step = 1
         run.optimizer.step()
+        yield {"kind": "step", "epoch": run.epoch, "step": 1, "steps": 1, "loss": 0.0,
+               "relative_errors": [], "lr": 1e-3, "images_per_second": 0.0, "data_wait": 0.0,
+               "gpu_memory_mib": 0.0, "hours_left": 0.0}
 
+    def save_best(content, path):
+        if path.name != "last.pt":
+            torch.save({key: content[key] for key in ("model", "config")}, path)
+
+    metrics = {"bbox": dict.fromkeys(evaluate.METRICS, 0.0)}
     monkeypatch.setattr(train, "train_epoch", train_nothing)
-    monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", val_images)
-    monkeypatch.setattr(evaluate, "whole", lambda detector: lambda image: {
-        "boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)})
-    with caplog.at_level("INFO", "ghnd"):
-        train.run_experiment(
-            replace(train.FASTERRCNN, **changes), data_dir=dataset, output_dir=tmp_path,
-            teacher_ckpt=teachers["fasterrcnn"], device="cpu", workers=0)
+    monkeypatch.setattr(train, "RECIPE_IMAGES", images)
+    monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", VAL_IMAGES)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: (metrics, []))
+    monkeypatch.setattr(evaluate, "agreement", lambda *_: metrics)
+    monkeypatch.setattr(models, "save_checkpoint", save_best)
+    train.run_experiment(
+        replace(train.FASTERRCNN, **changes), data_dir=dataset, output_dir=tmp_path,
+        teacher_ckpt=teachers["fasterrcnn"], device="cpu", workers=0)
+    out = capfd.readouterr().out
     published = "published: mean loss 1.1740e+06 (of the first 9,001 steps), box AP 0.3545"
-    assert (published in caplog.text) == is_told
-    assert "epoch 1: mean loss 0.0000e+00, box AP 0.0000, best before 0.0000" in caplog.text
+    assert (published in out) == is_published == ("AP published" in out)
+    assert "epoch 1: mean loss 0.0000e+00, box AP 0.0000, best before 0.0000" in out
+    _, config = models.load_student(tmp_path / BEST.format("fasterrcnn"))
+    assert config["is_recipe"] == is_published
 
 
 @pytest.mark.skipif(not models.has_bf16(CPU), reason="this CPU has no bfloat16")
@@ -342,7 +389,7 @@ def test_bfloat16_trains_too(dataset, teachers, tmp_path, call):
         "fasterrcnn", dataset, teachers, tmp_path, "--epochs", 1, "--limit-train", 12,
         "--limit-val", 2, "--amp", "bf16"))
     assert status == 0, err
-    [step] = records(tmp_path / "fasterrcnn", "step")
+    [step] = records(tmp_path, "step")
     assert step["loss"] > 0 and all(0 < error < 3 for error in step["relative_errors"])
 
 
@@ -385,10 +432,15 @@ def test_between_log_lines_the_host_never_waits_for_the_device(is_placed, datase
     bodies = models.training_bodies(student, teacher)
     steps = []
     run.optimizer.register_step_post_hook(lambda *_: steps.append(len(copies.found)))
+    # The first step is reported as well; here, after it, training goes on as after any report.
+    reports = []
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda sums: (
+        reports.append(len(steps)) or (torch.zeros(2, 4) if sums.dim() else torch.zeros(()))
+        if len(steps) == 1 else sums.item()))
     with Copies() as copies, pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        train.train_epoch(
-            experiment, run, *bodies, teacher.transform, loader, None, None, log_every=3)
-    assert len(steps) == 3  # the third, which is to be reported, waits
+        list(train.train_epoch(
+            experiment, run, *bodies, teacher.transform, loader, log_every=3))
+    assert reports == [1, 1] and len(steps) == 3  # the third, which is to be reported, waits
     if is_placed:  # each of a step's 6 images crosses once, and nothing else does
         assert copies.found == [(torch.Tensor.to, False)] * 18 and steps == [6, 12, 18]
     else:  # torchvision copies its two constants for each image
