@@ -39,10 +39,10 @@ class ImageInfo(NamedTuple):
 
 
 # All that training reads of a file. pycocotools and torchvision would compute with other values
-# without a word: of ids beyond 64 bits, for example, numpy makes floats that no longer match.
+# without a word: of ids from 2^63 on, for example, numpy makes floats that no longer match.
 RULES: dict[str, list[Rule]] = {
     "images": [
-        ("id", lambda image: is_id(image.get("id")), "a whole number of at most 64 bits"),
+        ("id", lambda image: is_id(image.get("id")), "a whole number below 2^63"),
         ("file_name", lambda image: is_below_folder(image.get("file_name")),
          "a path below the image folder"),
         ("width", lambda image: is_id(image.get("width")) and image["width"] > 0,
@@ -52,7 +52,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "annotations": [
         ("image_id", lambda annotation: is_id(annotation.get("image_id")),
-         "a whole number of at most 64 bits"),
+         "a whole number below 2^63"),
         ("bbox", lambda annotation: is_box(annotation.get("bbox")), "four finite numbers"),
     ],
 }

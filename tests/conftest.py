@@ -53,13 +53,22 @@ def start_process(main, argv, rank, world_size, port, output):
     distributed.run(main)
 
 
+def find_free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def free_port():
+    return find_free_port()
+
+
 class Job:
     """A script's main, started in so many processes; None: one that torchrun did not start."""
 
     def __init__(self, folder, main, flags, world_size=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = find_free_port()
         self.output = folder / f"job-{port}"
         for suffix in (".out", ".err"):
             self.output.with_suffix(suffix).touch()

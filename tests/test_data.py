@@ -156,7 +156,7 @@ def test_what_can_be_repaired_gives_the_right_metrics(own_dataset, perfect, edit
 
 
 @pytest.mark.parametrize("group, field, value, expected", [
-    ("images", "id", "7", "a whole number"), ("images", "id", 2**63, "of at most 64 bits"), ("images", "id", 1, "unique"),
+    ("images", "id", "7", "a whole number"), ("images", "id", 2**63, "below 2^63"), ("images", "id", 1, "unique"),
     ("images", "file_name", None, "a path below the image folder"),
     ("images", "width", 0, "a whole number of pixels"),
     ("images", "height", 99.5, "a whole number of pixels"),

@@ -343,33 +343,25 @@ def test_published_figures_are_the_published_ones():
 
 
 def test_published_figures_stand_beside_published_students_only(
-        checkpoints, tmp_path, monkeypatch):
+        checkpoints, teachers, monkeypatch):
     monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", 7)
+    val, fewer = (SimpleNamespace(images=[None] * images) for images in (7, 6))
+    student, config = models.load_student(checkpoints["fasterrcnn"])
+    _, other_size = models.load_student(checkpoints["fasterrcnn"], min_size=600)
+    assert evaluate.published_ap(student, config, val) == evaluate.PUBLISHED_AP["fasterrcnn"]
+    assert evaluate.published_ap(student, config, fewer) == {}
+    assert evaluate.published_ap(student, other_size, val) == {}
 
-    def published(path, images=7, **settings):
-        student, config = models.load_student(path, **settings)
-        return evaluate.published_ap(student, config, SimpleNamespace(images=[None] * images))
+    ours = {"bottleneck_channels": 3}
+    for content, is_published in (
+            ({}, True), ({"config": {"train": {}}}, True),  # torchdistill's
+            ({"config": ours | {"is_recipe": True}}, True),
+            ({"config": ours | {"is_recipe": False}}, False), ({"config": ours}, False)):
+        config = models.read_config(content, "file.pt") | {"arch": "fasterrcnn"}
+        assert bool(evaluate.published_ap(student, config, val)) == is_published
 
-    path = checkpoints["fasterrcnn"]
-    assert published(path) == evaluate.PUBLISHED_AP["fasterrcnn"]  # as in torchdistill's files
-    assert published(path, images=6) == published(path, min_size=600) == {}
-    content = models.load_checkpoint(path)
-    for config, is_published in (({"train": {}}, True), ({"is_recipe": True}, True),
-                                 ({"is_recipe": False}, False), ({}, False)):
-        if "train" not in config:
-            config["bottleneck_channels"] = 3
-        torch.save(content | {"config": config}, tmp_path / "x.pt")
-        assert bool(published(tmp_path / "x.pt")) == is_published
-
-    class Other(models.Bottleneck):
-        """With a bias more."""
-
-        def __init__(self):
-            super().__init__()
-            self.encoder[7] = torch.nn.Conv2d(64, 3, kernel_size=2, padding=1)
-
-    other = {f"backbone.body.layer1.{key}": value for key, value in Other().state_dict().items()}
-    torch.save({"model": content["model"] | other}, tmp_path / "x.pt")
-    with pytest.raises(InputError, match="does not fit"):
-        models.load_student(tmp_path / "x.pt")
-    assert published(tmp_path / "x.pt", bottleneck=Other()) == {}
+    foreign = models.Bottleneck()
+    foreign.encoder[7] = torch.nn.Conv2d(64, 3, kernel_size=2, padding=1)  # with a bias
+    teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"])
+    config = {"arch": "fasterrcnn", "is_recipe": True}
+    assert evaluate.published_ap(models.build_student(teacher, foreign), config, val) == {}

@@ -102,12 +102,12 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
     assert len(records(tmp_path, "start")) == 3
 
 
-def test_torchrun_resumes_by_itself_where_processes_are_killed(
+def test_torchrun_resumes_by_itself_when_a_process_is_killed(
         flags, finish, never_killed, tmp_path):
     process = torchrun(__file__, *flags, "--output-dir", tmp_path, "--resume", nproc=2,
-                       more=["--max-restarts=2"])
+                       more=["--max-restarts=1"])
     assert process.returncode == 0, process.stderr
-    for text in ("from epoch 0, step 0 on", "from epoch 0, step 2 on", "from epoch 0, step 4 on"):
+    for text in ("from epoch 0, step 0 on", "from epoch 0, step 2 on"):
         assert text in process.stdout
     assert_same_run(tmp_path, never_killed(finish, 2))
 
@@ -193,5 +193,5 @@ def test_a_field_that_is_younger_than_the_file_has_its_default(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    mains = (killed_in_the_third_step, killed_while_the_best_is_saved, train.main)
-    distributed.run(mains[int(os.environ["TORCHELASTIC_RESTART_COUNT"])])
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    distributed.run(killed_in_the_third_step if is_first else train.main)

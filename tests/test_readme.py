@@ -1,0 +1,123 @@
+"""Every block of Python in README is run, with small data under the names that it uses."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import BEST, ROOT, records
+
+import distributed
+import evaluate
+import models
+import train
+
+BLOCKS = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PLOT, SPLIT, STRIDED, WITH_L1, QUANTIZED = BLOCKS
+SERVER, DEVICE, EXPORT = re.findall(
+    r"```python\n(.+?)```", (ROOT / "tests" / "README.md").read_text(), re.DOTALL)
+BEST = BEST.format("fasterrcnn")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, dataset, checkpoints):
+    """A working folder with a student.pt and a photo.jpg."""
+    monkeypatch.chdir(tmp_path)
+    content = models.load_checkpoint(checkpoints["fasterrcnn"])
+    content["config"] = {"bottleneck_channels": 3, "min_size": 96, "max_size": 160}
+    torch.save(content, "student.pt")
+    shutil.copy(dataset / "val2017" / "000000000002.jpg", "photo.jpg")
+    return tmp_path
+
+
+@pytest.fixture
+def run_script(place, dataset, teachers, monkeypatch):
+    """A function that saves a block under the name in its first line, and runs it as a script."""
+
+    def run_script(block, *flags):
+        name = re.match(r"# (\w+\.py): ", block)[1]
+        (place / name).write_text(block)
+        monkeypatch.setattr("sys.argv", [name, *map(str, flags), "--data-dir", str(dataset),
+                                         "--teacher-ckpt", str(teachers["fasterrcnn"]),
+                                         "--limit-val", "1", "--device", "cpu", "--workers", "0"])
+        runpy.run_path(str(place / name), run_name="__main__")
+
+    return run_script
+
+
+TRAIN = ("--arch fasterrcnn --output-dir out --images-per-step 1 --limit-train 2 "
+         "--min-size 64 --max-size 96").split()
+
+
+def test_the_plot(place, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    (place / "coco" / "maskrcnn").mkdir(parents=True)
+    lines = [{"kind": "start"}, *({"kind": "epoch", "epoch": i, "loss": 3e6 / i} for i in (1, 2))]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (place / "coco" / "maskrcnn" / "metrics.jsonl").write_text(text)
+    exec(PLOT, {})
+    assert (place / "loss.png").stat().st_size > 5000
+
+
+def test_head_and_tail(place):
+    names = {}
+    exec(SPLIT, names)
+    assert set(names["detections"]) == {"boxes", "labels", "scores"}
+    assert names["config"]["min_size"] == 96 and len(names["payload"]) > 100
+
+
+def test_head_and_tail_over_a_socket(place, free_port, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["device.py", "127.0.0.1", "photo.jpg"])
+    server = threading.Thread(target=exec, args=(SERVER.replace("5000", free_port), {}))
+    server.start()
+    for attempt in range(100):
+        try:
+            exec(DEVICE.replace("5000", free_port), {})
+            break
+        except ConnectionRefusedError:
+            server.join(0.1)
+    server.join(60)
+    assert "'boxes': tensor" in capsys.readouterr().out
+
+
+def test_the_heads_export(place):
+    student, _ = models.load_student(place / "student.pt")
+    names = {"torch": torch, "head": models.Head(student)}
+    exec(EXPORT.replace("800, 1088", "96, 160"), names)
+    q, _, _ = names["program"].module()(torch.rand(1, 3, 128, 64))
+    assert q.shape == (1, 3, 36, 20)
+
+
+def test_another_bottleneck_is_trained_resumed_and_evaluated(run_script, place, capsys):
+    run_script(STRIDED, "train", *TRAIN, "--epochs", 1)
+    run_script(STRIDED, "train", *TRAIN, "--epochs", 1, "--resume")  # there remains the test
+    assert "from epoch 1, step 0 on" in capsys.readouterr().out
+    run_script(STRIDED, "evaluate", "--ckpt", f"out/{BEST}", "--bits", 32)
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["rate"][0]["metrics"] == summary["student"]
+    assert not records(place / "out", "start")[0]["config"]["bottleneck"].startswith("models.")
+
+
+def test_one_more_loss_term_is_trained(run_script, place):
+    run_script(WITH_L1, *TRAIN, "--epochs", 1)
+    [start] = records(place / "out", "start")
+    assert start["config"]["criterion"] == "__main__.loss_with_l1"
+
+
+def test_quantization_aware_training(run_script, place, dataset, capsys, monkeypatch):
+    """What was validated is what evaluate.py, which knows nothing of it, gives at 2 bits."""
+    run_script(QUANTIZED, *TRAIN, "--epochs", 1)
+    [epoch] = records(place / "out", "epoch")
+    monkeypatch.setattr("sys.argv", [
+        "evaluate.py", "--ckpt", f"out/{BEST}", "--data-dir", str(dataset), "--limit-val", "1",
+        "--device", "cpu", "--workers", "0", "--bits", "2"])
+    capsys.readouterr()
+    distributed.run(evaluate.main)
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1])["rate"][0]["metrics"] == epoch["metrics"]
+    assert "trained with __main__.Quantized, evaluated with models.Bottleneck" in out
+    assert train.RunFolder(place / "out", "fasterrcnn").best.exists()
