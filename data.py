@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
@@ -38,8 +39,9 @@ class ImageInfo(NamedTuple):
     height: int
 
 
-# All that training reads of a file. pycocotools and torchvision would compute with other values
-# without a word: of ids from 2^63 on, for example, numpy makes floats that no longer match.
+# All that training reads of a file. Without these rules, pycocotools and torchvision would accept
+# wrong values silently: of ids from 2^63 on, for example, numpy makes floats that no longer match.
+# A rule may rely on those before it.
 RULES: dict[str, list[Rule]] = {
     "images": [
         ("id", lambda image: is_id(image.get("id")), "a whole number below 2^63"),
@@ -224,8 +226,7 @@ def read_annotations(annotation_file: Path, classes: int, masks: bool) -> dict[s
     Repaired: annotations are numbered from 1, since COCOeval takes id 0 for "no match"; a missing
     iscrowd is 0; a missing area is the mask's or the box's. Annotations of images that are not
     listed, as in subsets of COCO, are left out.
-    Raises InputError, naming the file and the entry, if anything there cannot be right. Logs a line
-    for what is possible but unlikely.
+    Raises InputError, naming the file and the entry, if anything there cannot be right.
     """
     content = read_instances(annotation_file)
     check_group(annotation_file, content, "categories")
@@ -239,6 +240,11 @@ def read_annotations(annotation_file: Path, classes: int, masks: bool) -> dict[s
             if annotation["image_id"] in sizes]
     category_ids = {category["id"] for category in categories}
     annotations = [annotation for _, annotation in kept]
+    if content["annotations"] and not annotations:
+        raise InputError(f"{annotation_file}: the file does not list the image of any annotation")
+    if annotations and all(annotation.get("iscrowd") == 1 for annotation in annotations):
+        raise InputError(f"{annotation_file}: all annotations are crowds (iscrowd 1), so there is "
+                         "nothing to find; single objects have iscrowd 0")
     if masks and annotations and not any(a.get("segmentation") for a in annotations):
         raise InputError(f"{annotation_file} has no masks: all {len(annotations):,} segmentations "
                          "are empty or missing, and the detector is a Mask R-CNN")
@@ -277,7 +283,7 @@ def report_unlikely(
     sizes: dict[int, list[int]],
     masks: bool,
 ) -> None:
-    """Log what the metrics of a file will not show by themselves, or raise InputError if it is all.
+    """Log a line for each thing that is possible in a file, but unlikely to be meant.
 
     annotations: those of images that the file lists. sizes: [height, width] of each image by id.
     """
@@ -285,16 +291,11 @@ def report_unlikely(
     if left_out:
         log(f"{annotation_file}: {left_out:,} of {len(all_annotations):,} annotations left out, "
             "since their images are not listed")
-        if not annotations:
-            raise InputError(f"{annotation_file}: no annotation is of an image that the file lists")
 
     crowds = sum(annotation["iscrowd"] for annotation in annotations)
     if crowds:
         log(f"{annotation_file}: {crowds:,} of {len(annotations):,} annotations are crowds "
             "(iscrowd 1), which metrics ignore")
-        if crowds == len(annotations):
-            raise InputError(f"{annotation_file}: all annotations are crowds (iscrowd 1), so there "
-                             "is nothing to find; single objects have iscrowd 0")
 
     outside = [a for a in annotations if leaves_image(a["bbox"], *sizes[a["image_id"]])]
     if outside:
@@ -321,7 +322,7 @@ def leaves_image(box: Sequence[float], height: int, width: int) -> bool:
 
 
 def has_unlikely_area(annotation: Entry, size: list[int], masks: bool) -> bool:
-    """Return whether an area is not between a twentieth of the box and the box, nor the mask's."""
+    """Return whether an area is far from what the box allows, and from the mask's true area."""
     _, _, width, height = annotation["bbox"]
     area = annotation["area"]
     if width * height / 20 <= area <= 1.1 * width * height + 10:
@@ -366,11 +367,9 @@ def check_images(images: Sequence[ImageInfo], folder: Path, max_size: int) -> No
     max_size: of the detector's transform, which resizes the longer side to at most so many pixels.
     """
     if not images:
-        raise InputError(f"there are no images to use in {folder}, says its annotation file")
-    with os.scandir(folder) as entries:  # for 117,000 files, faster than to ask for each by name
-        present = {entry.name for entry in entries if entry.is_file() and entry.stat().st_size > 0}
+        raise InputError(f"the annotation file of {folder} lists no images to use")
     absent = [folder / image.file_name for image in images
-              if image.file_name not in present and not has_content(folder / image.file_name)]
+              if not has_content(os.path.join(folder, image.file_name))]
     if absent:
         reason = "is empty, or no file" if os.path.exists(absent[0]) else "is missing"
         more = f", and {len(absent) - 1:,} more images" if len(absent) > 1 else ""
@@ -385,9 +384,13 @@ def check_images(images: Sequence[ImageInfo], folder: Path, max_size: int) -> No
                 f"pixels, none is left when its longer side is resized to {max_size}")
 
 
-def has_content(path: Path) -> bool:
-    """Return whether a path, which may be in a subfolder, leads to a file that is not empty."""
-    return os.path.isfile(path) and os.path.getsize(path) > 0
+def has_content(path: str) -> bool:
+    """Return whether a path leads to a file that is not empty."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a name can also be too long, or have a zero byte
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
 def read_image(path: Path) -> Tensor:
@@ -563,7 +566,7 @@ def val_loader(
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Let a worker not notice Ctrl-C, of which the process that it works for will tell it."""
+    """Ignore Ctrl-C in a worker: the process that it works for ends it, without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -69,7 +69,7 @@ def logging_to(path: Path) -> Iterator[None]:
         yield
     finally:
         log_file = None
-        with contextlib.suppress(OSError):  # a full disk has been reported by `log` already
+        with contextlib.suppress(OSError):  # `log` has already raised it
             file.close()
 
 
@@ -122,8 +122,8 @@ def set_up(device: str = "auto") -> torch.device:
     """Choose this process's device and, if there are several processes, join them.
 
     device: "cuda", "cpu", or "auto", which is "cuda" where there is a GPU.
-    Raises InputError if the environment is only half that of torchrun, or if there are fewer GPUs
-    than processes on this machine.
+    Raises InputError if the environment has a part of torchrun's variables, or if this machine has
+    fewer GPUs than processes.
     """
     check_environment()
     if device == "auto":
@@ -146,7 +146,7 @@ def set_up(device: str = "auto") -> torch.device:
 
 
 def check_environment() -> None:
-    """Raise InputError if variables of a launcher are left over, incomplete, or not torchrun's."""
+    """Raise InputError if some of torchrun's variables are there without the others."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     missing = [name for name in needed if name not in os.environ]
@@ -158,7 +158,8 @@ def check_environment() -> None:
     if not found and slurm_tasks > 1:
         raise InputError(
             f"Slurm started {slurm_tasks} tasks (SLURM_STEP_NUM_TASKS), which know nothing of each "
-            "other; start one task on each machine, and torchrun in it")
+            "other; start one task on each machine, and torchrun in it, or unset the variable for "
+            "independent runs")
 
 
 def choose_gpu() -> int:
@@ -166,13 +167,15 @@ def choose_gpu() -> int:
     gpus = torch.cuda.device_count()
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # Some clusters show each task its own GPU alone, as number 0. torchrun does not.
+    if gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
     if gpus < processes_here:
         raise InputError(
             f"--device cuda: this machine has {gpus} GPUs for {processes_here} processes; "
             "lower --nproc_per_node, or use --device cpu",
             on_all_processes=local_rank > 0)  # the first process of each machine prints it
-    # Some clusters show each task its own GPU alone, as number 0.
-    return 0 if gpus == 1 else local_rank
+    return local_rank
 
 
 # ---- collectives ---------------------------------------------------------------------------------
@@ -199,12 +202,12 @@ def on_main(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def on_main_first(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function on every process, on the main process before all others; return its result.
+    """Call a function on the main process, then on all others; return each process's own result.
 
     So a file is downloaded once, and an error of the main process is printed once.
     """
     results = []
-    on_main(lambda: results.append(function(*args)))
+    on_main(lambda: results.append(function(*args)))  # the result itself is not sent to the others
     return results[0] if rank() == 0 else function(*args)
 
 

@@ -328,7 +328,7 @@ def published_ap(
     classes = student.roi_heads.box_predictor.cls_score.out_features
     found = (parameters, classes, len(val.images))
     if config["is_recipe"] and found == (LAYER1_PARAMETERS, COCO_CLASSES, COCO_VAL_IMAGES):
-        return PUBLISHED_AP[config["arch"]]
+        return dict(PUBLISHED_AP[config["arch"]])
     return {}
 
 
@@ -506,9 +506,8 @@ def describe(config: dict[str, Any], student: nn.Module) -> str:
     return text
 
 
-def main(bottleneck: nn.Module | None = None) -> None:
-    """Run the command. bottleneck: the module that the checkpoint's student has as layer1, if it
-    is no models.Bottleneck."""
+def main(bottleneck: models.MakeBottleneck | None = None) -> None:
+    """Run the command; bottleneck: as in models.load_student."""
     args = parse_args()
     device = distributed.set_up(args.device)
     distributed.on_main(check_outputs, args)
@@ -536,7 +535,10 @@ def main(bottleneck: nn.Module | None = None) -> None:
     jpeg = [measure_jpeg(teacher, quality, is_resized, val, device, args.workers)
             for is_resized in (False, True) for quality in args.jpeg]
 
-    log(metrics_table(metrics, published_ap(student, config, val)))
+    published = published_ap(student, config, val)
+    if not distributed.on_main(models.is_coco_v1, config["arch"], args.teacher_ckpt):
+        published.pop("teacher", None)
+    log(metrics_table(metrics, published))
     summary = dict(metrics)
     if rates or jpeg:
         summary["file_bytes"] = mean_file_bytes(val)

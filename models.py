@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import hashlib
 import io
 import itertools
 import math
@@ -10,6 +11,7 @@ import struct
 import sys
 import textwrap
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +29,17 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from distributed import InputError, log, writing
 
+MakeBottleneck = nn.Module | Callable[[], nn.Module]
+
 # ---- the student ---------------------------------------------------------------------------------
 
 
 class Bottleneck(nn.Module):
     """The student's layer1: an encoder to a few channels, which are what is sent, and a decoder.
 
-    Any module can take its place that maps (B, 64, H, W) to (B, 256, H, W), for H and W that are
-    multiples of 8, by `decoder(encoder(x))`. These two attributes are the whole contract: training,
-    checkpoints, evaluation and the split student need no more.
+    Any other module can take its place, if it maps (B, 64, H, W) to (B, 256, H, W) for H and W that
+    are multiples of 8, and has an `encoder` and a `decoder`, so that decoder(encoder(x)) does the
+    same. Training, checkpoints, evaluation and the split student know no more of it than that.
 
     Here, the map in between is (B, channels, H + 4, W + 4): the four padded 2 x 2 convolutions grow
     it by one pixel each, and the four unpadded ones shrink it back. Layers, keys and initial values
@@ -97,6 +101,14 @@ def build_student(teacher: nn.Module, bottleneck: nn.Module | None = None) -> nn
     return student.eval()
 
 
+def make_bottleneck(given: MakeBottleneck | None, channels: int = 3) -> nn.Module:
+    """Return the bottleneck that was given, as a module or a function that makes one, or a new one.
+    """
+    if given is None:
+        return Bottleneck(channels)
+    return given if isinstance(given, nn.Module) else given()
+
+
 def name_of(part: object) -> str:
     """Return "module.name" of a function, or of a module's class: "models.Bottleneck"."""
     kind = part if hasattr(part, "__qualname__") else type(part)
@@ -104,21 +116,26 @@ def name_of(part: object) -> str:
 
 
 @torch.no_grad()
-def check_bottleneck(bottleneck: nn.Module) -> None:
-    """Raise InputError if a module does not keep Bottleneck's contract: now, not after training."""
+def check_bottleneck(bottleneck: nn.Module) -> int:
+    """Return how many channels a bottleneck sends.
+
+    Raises InputError if it does not keep Bottleneck's contract, before hours of training show it.
+    """
     name = type(bottleneck).__name__
     for part in ("encoder", "decoder"):
         if not isinstance(getattr(bottleneck, part, None), nn.Module):
             raise InputError(f"{name} has no {part}; a bottleneck needs the modules encoder, whose "
-                             "output is sent, and decoder")
+                             "output is sent, and decoder", on_all_processes=True)
     bottleneck.eval()
     x = next(bottleneck.parameters()).new_zeros(1, 64, 24, 40)
-    outputs = {f"decoder(encoder(x)) of {name}": bottleneck.decoder(bottleneck.encoder(x)),
-               name: bottleneck(x)}
+    sent = bottleneck.encoder(x)
+    outputs = {name: bottleneck(x), f"{name}'s decoder(encoder(x))": bottleneck.decoder(sent)}
     for what, output in outputs.items():
         if output.shape != (1, 256, 24, 40):
             raise InputError(f"{what} maps {tuple(x.shape)} to {tuple(output.shape)}, not to "
-                             "(1, 256, 24, 40), as a ResNet-50's layer1 does")
+                             "(1, 256, 24, 40), as a ResNet-50's layer1 does",
+                             on_all_processes=True)
+    return sent.shape[1]
 
 
 # ---- detectors and teachers ----------------------------------------------------------------------
@@ -165,22 +182,38 @@ def load_teacher(
         None: 1e-5 if the file's keys show ordinary BatchNorm2d, else 0.
     Raises InputError if the weights cannot be had or do not fit.
     """
+    if path is None and eps is not None:
+        raise InputError("--teacher-eps is for the weights in --teacher-ckpt; COCO_V1 has eps 0")
     if path is None:
-        url = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1.url
-        state, path = download(url), url
+        source = coco_v1_url(arch)
+        state = download(source)
     else:
+        source = path
         state = detector_state(load_checkpoint(path), path)
     if eps is None:
         eps = 0.0
         if any(key.endswith(".num_batches_tracked") for key in state):
             eps = 1e-5
-            log(f"{path} was trained with ordinary BatchNorm2d: taking its eps to be 1e-5")
+            log(f"{path} was trained with ordinary BatchNorm2d; its eps is assumed to be 1e-5")
     for key in state:
         if key.endswith(".running_var"):
             state[key] = state[key] + eps
-    teacher = build_detector(arch, min_size, max_size, count_classes(state, path))
-    load_weights(teacher, state, path)
+    teacher = build_detector(arch, min_size, max_size, count_classes(state, source))
+    load_weights(teacher, state, source)
     return teacher
+
+
+def coco_v1_url(arch: str) -> str:
+    """Return where torchvision's COCO_V1 weights are; the name ends with the start of a SHA-256."""
+    return get_model_weights(f"{arch}_resnet50_fpn").COCO_V1.url
+
+
+def is_coco_v1(arch: str, path: Path | None) -> bool:
+    """Return whether a teacher's file is torchvision's own, which made the published students."""
+    if path is None:
+        return True
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"-{digest[:8]}." in coco_v1_url(arch)
 
 
 def download(url: str) -> dict[str, Tensor]:
@@ -266,9 +299,9 @@ def fold_frozen_bn(module: nn.Module) -> nn.Module:
     for parent in list(module.modules()):
         children = list(parent.named_children())
         # In torchvision's ResNets, a norm is registered right after its convolution.
-        for (name, module_before), (norm_name, norm) in itertools.pairwise(children):
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
             if isinstance(norm, FrozenBatchNorm2d):
-                setattr(parent, name, fuse_conv_bn_eval(module_before, norm))
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
     return module.requires_grad_(False)
 
@@ -295,7 +328,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
                 os.fsync(file.fileno())
             part.replace(path)
         finally:
-            part.unlink(missing_ok=True)  # it is there only if an error was raised
+            part.unlink(missing_ok=True)  # left only where an error was raised
 
 
 def part_file(path: Path, process: int | str) -> Path:
@@ -334,8 +367,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def detector_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return the state dict in a checkpoint: under "model" or, if there is none, the whole.
 
-    Key parts that DistributedDataParallel ("module") and torch.compile ("_orig_mod") add are left
-    out. Raises InputError, naming the path, if there is no state dict of whole tensors.
+    What DistributedDataParallel ("module." at the start of keys) and torch.compile ("_orig_mod.")
+    add is removed.
+    Raises InputError, naming the path, if there is no state dict of whole tensors.
     """
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -347,8 +381,7 @@ def detector_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
         is_plain = value.layout == torch.strided and value.device.type == "cpu"
         if not is_plain or value.untyped_storage().nbytes() < value.nbytes:
             raise InputError(f"{path} was refused: {key!r} has not as many values as it claims")
-    wrappers = ("module", "_orig_mod")
-    return {".".join(part for part in key.split(".") if part not in wrappers): value
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value
             for key, value in state.items()}
 
 
@@ -384,12 +417,12 @@ def load_student(
     path: Path,
     min_size: int | None = None,
     max_size: int | None = None,
-    bottleneck: nn.Module | None = None,
+    bottleneck: MakeBottleneck | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the student that a checkpoint holds, in eval mode, and the config that it runs by.
 
     min_size, max_size: as in build_detector; by default those that the student was trained with.
-    bottleneck: the module to load, if it is no Bottleneck.
+    bottleneck: the student's layer1 or a function that makes it, if it is no Bottleneck.
     The config is that of the file, as train.py wrote it. torchdistill's files have none: they are
     published students of 3 channels at 800 / 1333 pixels. "arch" is told by the keys.
     Raises InputError if the file cannot be read or holds no student.
@@ -403,10 +436,8 @@ def load_student(
     if sizes != (config["min_size"], config["max_size"]):
         config |= {"min_size": sizes[0], "max_size": sizes[1], "is_recipe": False}
 
-    if bottleneck is None:
-        bottleneck = Bottleneck(config["bottleneck_channels"])
     detector = build_detector(config["arch"], *sizes, count_classes(state, path))
-    student = build_student(detector, bottleneck)
+    student = build_student(detector, make_bottleneck(bottleneck, config["bottleneck_channels"]))
     load_weights(student, state, path)
     return student, config
 
@@ -414,7 +445,8 @@ def load_student(
 def read_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the config in a checkpoint of train.py, or that of torchdistill's students.
 
-    is_recipe: whether the student was trained by the published recipe, with any seed.
+    is_recipe: whether the student can be compared with the published ones: it was trained by their
+        recipe, with any seed, and is used at their image sizes.
     """
     published = {"bottleneck_channels": 3, "min_size": 800, "max_size": 1333, "is_recipe": True}
     config = content.get("config")
@@ -446,7 +478,7 @@ class Header(NamedTuple):
     zero_point: int
 
 
-HEADER_FORMAT = struct.Struct("<4sB3H2I2HfB")
+HEADER_FORMAT = struct.Struct("<4s" "B" "HHH" "II" "HH" "f" "B")
 MAGIC = b"GHND"
 MAX_BYTES = 2**26   # that a payload may hold when it is unzipped
 MAX_PIXELS = 2**28  # that its image may have, since masks are as large
@@ -528,6 +560,7 @@ class Tail(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
+        self.channels = check_bottleneck(student.backbone.body.layer1)
 
     @torch.inference_mode()
     def detect(self, payload: bytes) -> dict[str, Tensor]:
@@ -541,14 +574,15 @@ class Tail(nn.Module):
         header, q = unpack(payload)
         resized = (header.resized_height, header.resized_width)
         padded = padded_size(*resized)
-        # This bounds the memory that the values of a stranger can take in the decoder.
-        if max(resized) > transform.max_size or header.rows * header.columns > math.prod(padded):
-            raise InputError(f"payload refused: it is for a student of other sizes ({header})")
+        # The sizes bound the memory that the values of a stranger can take in the decoder.
+        if (header.channels != self.channels or max(resized) > transform.max_size
+                or header.rows * header.columns > math.prod(padded)):
+            raise InputError(f"payload refused: it is for another student ({header})")
 
         x = dequantize(q.to(body.conv1.weight.device), header.scale, header.zero_point)
         maps = {}
         for layer, name in body.return_layers.items():  # layer1 to layer4
-            x = self.decode(x) if layer == "layer1" else body[layer](x)
+            x = body.layer1.decoder(x) if layer == "layer1" else body[layer](x)
             maps[name] = x
 
         # From here on as in torchvision's GeneralizedRCNN.forward, where the RPN and the heads
@@ -559,14 +593,6 @@ class Tail(nn.Module):
         detections, _ = self.student.roi_heads(features, proposals, [resized])
         image_size = (header.image_height, header.image_width)
         return transform.postprocess(detections, [resized], [image_size])[0]
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Return layer1's output (1, 256, H, W) for dequantized values."""
-        try:
-            return self.student.backbone.body.layer1.decoder(x)
-        except RuntimeError as error:
-            raise InputError(f"payload refused: this student's decoder does not take values of "
-                             f"shape {tuple(x.shape)} ({error})") from error
 
 
 def padded_size(height: int, width: int) -> tuple[int, int]:
@@ -587,7 +613,7 @@ def unpack(payload: bytes) -> tuple[Header, Tensor]:
     if not unzipper.eof or unzipper.unused_data:
         raise InputError("payload refused: it is cut off, goes on after its end, or is too large")
     if len(content) < HEADER_FORMAT.size or not content.startswith(MAGIC):
-        raise InputError("payload refused: a Head has not made it")
+        raise InputError("payload refused: it was not made by a Head")
 
     header = Header._make(HEADER_FORMAT.unpack_from(content))
     shape = (1, header.channels, header.rows, header.columns)

@@ -54,21 +54,24 @@ class Experiment:
     images_per_step: int = 12            # over all processes and micro-batches together
     reference_batch: int = 4             # images that the loss is scaled to, as on a GPU of 2020
     lr: float = 1e-3                     # of Adam, for any number of processes; no weight decay
-    lr_drops: tuple[int, ...] = (5, 15)  # epochs, counted from 0, at whose start lr is ...
-    lr_drop_factor: float = 0.1          # ... multiplied by this
-    min_size: int = 800                  # pixels: shorter side after resizing
-    max_size: int = 1333                 # pixels: longer side at most, which may shrink the shorter
+    lr_drops: tuple[int, ...] = (5, 15)  # epochs, counted from 0, at whose start lr is reduced
+    lr_drop_factor: float = 0.1          # by which lr is multiplied at each drop
+    min_size: int = 800                  # pixels of an image's shorter side after resizing ...
+    max_size: int = 1333                 # ... unless the longer side would have more than this
     seed: int = 0                        # of layer1's initial values, the images' order, the flips
 
     def __post_init__(self) -> None:
         for name in ("bottleneck_channels", "epochs", "images_per_step", "reference_batch",
                      "min_size", "max_size"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, not a number from 1 on")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or more",
+                                 on_all_processes=True)
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}, not a number from 0 to 2^63 - 1")
+            raise InputError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1",
+                             on_all_processes=True)
         if len(self.layer_weights) != 4:
-            raise InputError(f"layer_weights are {self.layer_weights}, not one for each layer")
+            raise InputError(f"layer_weights are {self.layer_weights}; there must be one for each "
+                             "of 4 layers", on_all_processes=True)
 
 
 FASTERRCNN = Experiment("fasterrcnn")
@@ -141,7 +144,7 @@ def train_epoch(
     """Train to the end of run.epoch, from run.step on; yield records of progress.
 
     A record comes after the first step, every log_every and save_every steps, and after the last.
-    `run` then says how far training has come, so it can be saved.
+    `run` then says how far training has come; if "is_saved", the caller saves it.
     student_body, teacher_body: models.training_bodies; the former may be wrapped for DDP.
     transform: the detector's. loader: data.train_loader's.
     criterion: losses.ghnd_loss, or another function of its arguments and results.
@@ -185,21 +188,23 @@ def train_epoch(
                 student_maps = list(student_body(batch).values())
             loss, errors = criterion(student_maps, teacher_maps, experiment.layer_weights)
             loss = loss * loss_scale
-            (loss * processes).backward()  # because DistributedDataParallel divides by them
+            # DistributedDataParallel divides the summed gradients by the number of processes.
+            (loss * processes).backward()
 
             loss_sum += loss.detach()
             squared_sums += torch.stack([errors, losses.squared_norms(teacher_maps)])
             del student_maps, teacher_maps  # or they would stay until the next batch has its own
         run.optimizer.step()
 
-        if step in (first, last) or step % log_every == 0 or step % save_every == 0:
+        is_saved = step % save_every == 0 or step == last
+        if step == first or step % log_every == 0 or is_saved:
             # The only place in the loop that waits for the device.
             count = step - run.step  # steps since the last record
             mean_loss = distributed.sum_over_processes(loss_sum).item() / count
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"the loss is {mean_loss} between steps {run.step} and "
                                          f"{step} of epoch {run.epoch}")
-            errors, norms = distributed.sum_over_processes(squared_sums)
+            error_sums, norm_sums = distributed.sum_over_processes(squared_sums)
             seconds = (time.perf_counter() - begin) / count
             run.step = step
             run.loss_sum += mean_loss * count
@@ -208,8 +213,9 @@ def train_epoch(
                 "epoch": run.epoch,
                 "step": step,
                 "steps": last,
+                "is_saved": is_saved,
                 "loss": mean_loss,
-                "relative_errors": (errors / norms).tolist(),
+                "relative_errors": (error_sums / norm_sums).tolist(),
                 "lr": run.optimizer.param_groups[0]["lr"],
                 "images_per_second": experiment.images_per_step / seconds,
                 "data_wait": waited / count / seconds,  # share of the time
@@ -254,7 +260,7 @@ def run_experiment(
     limit_val: int | None = None,
     log_every: int = 100,
     save_every: int = 2000,
-    bottleneck: nn.Module | None = None,
+    bottleneck: models.MakeBottleneck | None = None,
     criterion: Callable[..., Any] = losses.ghnd_loss,
     predictor: Callable[[nn.Module], evaluate.Predict] = evaluate.whole,
 ) -> dict[str, evaluate.Metrics]:
@@ -262,10 +268,10 @@ def run_experiment(
 
     After each epoch the student is validated, and the best checkpoint is written if its box AP is
     the best so far; the test at the end is of that. Settings are those of the command line, and:
-    bottleneck: the student's layer1, with its initial values; by default models.Bottleneck of the
-        experiment's channels, made after the experiment's seed was set.
+    bottleneck: the student's layer1, or a function that makes it after the experiment's seed was
+        set, such as a class; by default models.Bottleneck of the experiment's channels.
     criterion: the loss, as in train_epoch.
-    predictor: makes of the student what is validated and tested.
+    predictor: a function of the student that returns what is validated and tested.
     """
     device = distributed.set_up(device)
     if amp == "bf16" and not models.has_bf16(device):
@@ -275,18 +281,21 @@ def run_experiment(
     for split in ("train2017", "val2017"):
         distributed.on_main(data.split_paths, data_dir, split)
     torch.manual_seed(experiment.seed)
-    if bottleneck is None:
-        bottleneck = models.Bottleneck(experiment.bottleneck_channels)
+    bottleneck = models.make_bottleneck(bottleneck, experiment.bottleneck_channels)
+    experiment = replace(
+        experiment, bottleneck_channels=models.check_bottleneck(bottleneck))
     config = asdict(experiment) | {
-        "amp": amp, "bottleneck": models.name_of(bottleneck),
-        "criterion": models.name_of(criterion)}
-    start = describe_start(config, device, data_dir, teacher_ckpt, compiled)
+        "amp": amp,
+        "bottleneck": models.name_of(bottleneck),
+        "criterion": models.name_of(criterion),
+        "predictor": models.name_of(predictor),
+    }
+    start = describe_start(config, device, data_dir, teacher_ckpt, teacher_eps, compiled)
 
     folder = RunFolder(output_dir, experiment.arch)
     with folder.claimed(start, resume) as checkpoint, distributed.logging_to(folder.log):
         log(json.dumps(start))
-        if checkpoint:
-            check_config(checkpoint, config, folder.last)
+        distributed.on_main(check_config, checkpoint, config, folder.last)
         teacher = distributed.on_main_first(
             models.load_teacher, experiment.arch, teacher_ckpt, experiment.min_size,
             experiment.max_size, teacher_eps)
@@ -299,16 +308,18 @@ def run_experiment(
         loader = data.train_loader(
             images, images_folder, micro_batch, experiment.seed, workers, device)
         val = evaluate.ValSet(data_dir, teacher, limit_val)
-        config |= {"train_images": len(images), "val_images": len(val.images),
-                   "is_recipe": follows_recipe(config, len(images))}
+        is_recipe = follows_recipe(config, len(images)) and distributed.on_main(
+            models.is_coco_v1, experiment.arch, teacher_ckpt)
+        config = config | {"train_images": len(images), "val_images": len(val.images),
+                           "is_recipe": is_recipe}
+        distributed.on_main(check_config, checkpoint, config, folder.last)
 
         models.to_device(teacher, device)
         models.to_device(student, device)
         run = Run(student, *build_optimizer(student, experiment))
         if checkpoint:
-            check_config(checkpoint, config, folder.last)
             run.load(checkpoint, folder.last)
-            del checkpoint
+            del checkpoint  # 170 MB
         bodies = prepare_bodies(student, teacher, amp, compiled)
         if compiled:
             criterion = torch.compile(criterion, dynamic=True)
@@ -322,7 +333,7 @@ def run_experiment(
                     save_every):
                 log(describe_step(record))
                 folder.record(record)
-                if run.step % save_every == 0 or run.step == record["steps"]:
+                if record["is_saved"]:
                     folder.save(folder.last, run.content(config))
             distributed.broadcast_buffers(student.backbone.body.layer1)
             student.eval()
@@ -338,15 +349,17 @@ def describe_start(
     device: torch.device,
     data_dir: Path,
     teacher_ckpt: Path | None,
+    teacher_eps: float | None,
     compiled: bool,
 ) -> dict[str, Any]:
-    """Return the record of what is run, by which everyone can run it again."""
+    """Return the record of what is run, and with what."""
     return {
         "kind": "start",
         "command": sys.argv,
         "config": config,
         "data_dir": str(data_dir),
         "teacher": str(teacher_ckpt or "COCO_V1"),
+        "teacher_eps": teacher_eps,
         "compiled": compiled,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": distributed.world_size(),
@@ -356,7 +369,7 @@ def describe_start(
 
 
 def follows_recipe(config: dict[str, Any], train_images: int) -> bool:
-    """Return whether a run is one of the published experiments, with any seed."""
+    """Return whether a run has the settings of a published experiment, with any seed."""
     recipe = default_config(config["arch"])
     return train_images == RECIPE_IMAGES and config | {"seed": 0} == recipe
 
@@ -364,7 +377,11 @@ def follows_recipe(config: dict[str, Any], train_images: int) -> bool:
 def default_config(arch: str) -> dict[str, Any]:
     """Return the settings that decide on the result of a run, as they are by default."""
     return asdict(Experiment(arch)) | {
-        "amp": None, "bottleneck": "models.Bottleneck", "criterion": "losses.ghnd_loss"}
+        "amp": None,
+        "bottleneck": models.name_of(models.Bottleneck),
+        "criterion": models.name_of(losses.ghnd_loss),
+        "predictor": models.name_of(evaluate.whole),
+    }
 
 
 def prepare_bodies(
@@ -467,12 +484,11 @@ class Run:
         }
 
     def load(self, content: dict[str, Any], path: Path) -> None:
-        """Take up the run whose checkpoint this is. Raises InputError if the teacher is another."""
+        """Go on with the run that wrote a checkpoint. Raises InputError for another teacher."""
         state = models.detector_state(content, path)
-        trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
+        trained = ("backbone.body.conv1.", "backbone.body.layer1.")
         for name, value in self.student.state_dict().items():
-            # Training also changes layer1's BatchNorm buffers, which are no parameters.
-            is_frozen = name not in trained and not name.startswith("backbone.body.layer1.")
+            is_frozen = not name.startswith(trained)
             if is_frozen and name in state and not torch.equal(value.cpu(), state[name]):
                 raise InputError(f"{path} belongs to another teacher, with another {name}; resume "
                                  "with the same --teacher-ckpt")
@@ -523,9 +539,9 @@ class RunFolder:
 
         A new run that fails before its first step leaves the folder free again.
         """
-        content = distributed.on_main(self.claim, start, resume)
         try:
-            yield content
+            # No name is bound to what is given, or it would stay in memory during the run.
+            yield distributed.on_main(self.claim, start, resume)
         except BaseException:
             if self.is_unused:
                 self.metrics.unlink(missing_ok=True)
@@ -534,12 +550,12 @@ class RunFolder:
     def claim(self, start: dict[str, Any], resume: bool) -> dict[str, Any] | None:
         """Write the start record, on the main process; return last.pt's content if it is there.
 
-        Raises InputError if the folder holds a checkpoint of another run or, without `resume`,
-        anything of any: a new run's records would be appended to the old one's.
+        Raises InputError if the folder holds another run's checkpoint or, without `resume`, any
+        run's checkpoint or records.
         """
         found = [path for path in (self.last, self.best, self.metrics) if os.path.exists(path)]
         if found and not resume:
-            raise self.is_taken(found[0])
+            raise self.taken_error(found[0])
         if self.best in found and self.last not in found:
             raise InputError(f"{self.best} is there, but no {self.last}, from which its run could "
                              "be resumed; move it away, or give another --output-dir")
@@ -555,19 +571,19 @@ class RunFolder:
                 try:
                     self.metrics.open("x").close()
                 except FileExistsError:  # another run was faster
-                    raise self.is_taken(self.metrics) from None
+                    raise self.taken_error(self.metrics) from None
+                self.is_unused = True
         self.record(start)
-        self.is_unused = not found
         return content
 
-    def is_taken(self, path: Path) -> InputError:
+    def taken_error(self, path: Path) -> InputError:
         return InputError(f"{path} is there; go on with its run by --resume, or give another "
                           "--output-dir")
 
     def load(self) -> dict[str, Any]:
         """Return last.pt's content, having checked it and removed what a kill left beside it."""
+        self.own_last = file_identity(self.last)  # first: what is written meanwhile is not ours
         content = models.load_checkpoint(self.last)
-        self.own_last = file_identity(self.last)
         if not isinstance(content.get("config"), dict) or "progress" not in content:
             raise InputError(f"{self.last} is not of a run of this train.py; move it away, or give "
                              "another --output-dir")
@@ -584,7 +600,7 @@ class RunFolder:
         """Append a record to metrics.jsonl, on the main process."""
         if distributed.rank() > 0:
             return
-        self.is_unused = False
+        self.is_unused = self.is_unused and record["kind"] == "start"
         with writing(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -601,7 +617,8 @@ class RunFolder:
             raise InputError(f"{self.last} was changed by another run; this one stops, and has "
                              "overwritten nothing")
         models.save_checkpoint(content, path)
-        self.own_last = file_identity(self.last)
+        if path == self.last:
+            self.own_last = file_identity(self.last)
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:
@@ -632,11 +649,14 @@ def cut_half_line(path: Path) -> None:
     os.truncate(path, len(whole + line_end))
 
 
-def check_config(content: dict[str, Any], config: dict[str, Any], path: Path) -> None:
-    """Raise InputError if a checkpoint is of a run with other settings, but for its epochs.
+def check_config(content: dict[str, Any] | None, config: dict[str, Any], path: Path) -> None:
+    """Raise InputError if there is a checkpoint to resume, of a run with other settings.
 
-    A field that the file does not have, since it is older than the field, has its default there.
+    The number of epochs may change. A field that the file does not have, since it is older than the
+    field, has its default there.
     """
+    if content is None:
+        return
     before = default_config(config["arch"]) | content["config"]
     for name, value in config.items():
         if name not in ("epochs", "is_recipe") and before.get(name) != value:
@@ -691,11 +711,11 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(
-    bottleneck: nn.Module | None = None,
+    bottleneck: models.MakeBottleneck | None = None,
     criterion: Callable[..., Any] = losses.ghnd_loss,
     predictor: Callable[[nn.Module], evaluate.Predict] = evaluate.whole,
 ) -> None:
-    """Run the command, with an idea of one's own in place of a part; see run_experiment."""
+    """Run the command, with another part in place of a default; see run_experiment."""
     settings = vars(parse_args())
     changes = {}
     for field in fields(Experiment):

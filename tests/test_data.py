@@ -284,7 +284,7 @@ def move_all_images(content):
     (set_all("iscrowd", 1), r"all annotations are crowds \(iscrowd 1\)"),
     (set_all("segmentation", []), "has no masks: all .* segmentations are empty"),
     (set_all("bbox", [float("inf")] * 4), r"annotations\[0\].* not four finite numbers, and "),
-    (move_all_images, "no annotation is of an image that the file lists")])
+    (move_all_images, "the file does not list the image of any annotation")])
 def test_whole_files_that_cannot_be_right_are_refused_with_a_count(own_dataset, edit, message):
     edit_json(own_dataset / VAL, edit)
     count = len(json.loads((own_dataset / VAL).read_text())["annotations"])

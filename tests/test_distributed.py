@@ -50,7 +50,7 @@ def test_too_few_gpus_are_told_by_the_first_process_of_a_machine(monkeypatch):
 @pytest.mark.parametrize("local_rank, gpus, index", [(0, 4, 0), (3, 4, 3), (1, 1, 0)])
 def test_a_process_that_sees_one_gpu_takes_that(local_rank, gpus, index, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     assert distributed.choose_gpu() == index
 

@@ -74,7 +74,8 @@ def test_help_tells_real_defaults(script, call):
     assert status == 0 and "None" not in out and "~/datasets/coco2017" in out
     if script is train:
         text = " ".join(out.split())
-        assert "--lr-drops [X ...] epochs, counted from 0, at whose start lr is ... ((5, 15))" in text
+        help_text = "--lr-drops [X ...] epochs, counted from 0, at whose start lr is reduced ((5, 15))"
+        assert help_text in text
 
 
 # What is done before, the script, its flags, and what must be said.

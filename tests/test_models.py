@@ -123,7 +123,7 @@ class Strided(torch.nn.Module):
 def test_a_bottleneck_must_keep_the_contract(teacher):
     student = models.build_student(teacher, Strided())
     assert isinstance(student.backbone.body.layer1, Strided)
-    with pytest.raises(InputError, match=r"of Strided maps \(1, 64, 24, 40\) to \(1, 256, 22, 36\)"):
+    with pytest.raises(InputError, match=r"^Strided maps \(1, 64, 24, 40\) to \(1, 256, 22, 36\)"):
         models.build_student(teacher, Strided(up=7))
     with pytest.raises(InputError, match="Conv2d has no encoder; a bottleneck needs"):
         models.build_student(teacher, torch.nn.Conv2d(64, 256, 1))
@@ -324,7 +324,7 @@ def test_ordinary_batch_norm_is_told_by_its_keys(teachers, tmp_path, capsys):
     state["backbone.body.bn1.num_batches_tracked"] = torch.tensor(7)
     torch.save(state, tmp_path / "teacher.pt")
     ours = models.load_teacher("fasterrcnn", tmp_path / "teacher.pt")
-    assert "ordinary BatchNorm2d: taking its eps to be 1e-5" in capsys.readouterr().out
+    assert "ordinary BatchNorm2d; its eps is assumed to be 1e-5" in capsys.readouterr().out
     wanted = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], eps=1e-5)
     assert same(ours.state_dict(), wanted.state_dict())
     forced = models.load_teacher("fasterrcnn", tmp_path / "teacher.pt", eps=0.0)
@@ -366,6 +366,14 @@ def test_a_teacher_is_downloaded_once_checked_and_read_safely(
         with pytest.raises(InputError, match="no weights from http.* by way of the cache .*hub"):
             models.load_teacher("fasterrcnn")
     assert not Path("was-run").exists()
+
+
+def test_coco_v1_is_told_by_the_hash_in_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a.pth").write_bytes(b"abc")  # whose SHA-256 begins with ba7816bf
+    assert models.is_coco_v1("maskrcnn", None)
+    assert not models.is_coco_v1("maskrcnn", tmp_path / "a.pth")
+    monkeypatch.setattr(models, "coco_v1_url", lambda arch: "https://x/maskrcnn-ba7816bf.pth")
+    assert models.is_coco_v1("maskrcnn", tmp_path / "a.pth")
 
 
 def test_a_teacher_that_cannot_be_downloaded(cached, monkeypatch):
@@ -474,8 +482,8 @@ def changed(payload, values=None, **fields):
     (lambda p: b"", "cut off"), (lambda p: p[:-1], "cut off"), (lambda p: p[:-100], "cut off"),
     (lambda p: p[:-1] + b"?", "cannot be unzipped"),
     (lambda p: p + b"x", "goes on after its end"),
-    (lambda p: zlib.compress(b"GHND"), "a Head has not made it"),
-    (lambda p: changed(p, magic=b"PNG!"), "a Head has not made it"),
+    (lambda p: zlib.compress(b"GHND"), "not made by a Head"),
+    (lambda p: changed(p, magic=b"PNG!"), "not made by a Head"),
     (lambda p: changed(p, bits=9), "sizes cannot be right"),
     (lambda p: changed(p, bits=16), "sizes cannot be right"),
     (lambda p: changed(p, scale=float("nan")), "sizes cannot be right"),
@@ -485,9 +493,9 @@ def changed(payload, values=None, **fields):
     (lambda p: changed(p, rows=7), "sizes cannot be right"),
     (lambda p: changed(p, values=b""), "sizes cannot be right"),
     (lambda p: changed(p, values=bytes(models.MAX_BYTES)), "too large"),
-    (lambda p: changed(p, resized_width=161), "for a student of other sizes"),
-    (lambda p: changed(p, bytes(3 * 4096 * 4096), rows=4096, columns=4096), "of other sizes"),
-    (lambda p: changed(p, bytes(4 * 50 * 50), channels=4, rows=50, columns=50), "does not take")])
+    (lambda p: changed(p, resized_width=161), "for another student"),
+    (lambda p: changed(p, bytes(3 * 4096 * 4096), rows=4096, columns=4096), "for another student"),
+    (lambda p: changed(p, bytes(4 * 50 * 50), channels=4, rows=50, columns=50), "for another student")])
 def test_damaged_payloads_are_refused(student, payload, damage, message):
     with pytest.raises(InputError, match=f"payload refused: .*{message}"):
         models.Tail(student).detect(damage(payload))
