@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
@@ -545,7 +546,7 @@ def train_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=stay_silent,
     )
 
 
@@ -561,13 +562,16 @@ def val_loader(
         batch_size=None,  # single images
         num_workers=min(workers, len(share)),
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=stay_silent,
     )
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Ignore Ctrl-C in a worker: the process that it works for ends it, without a traceback."""
+def stay_silent(worker: int) -> None:
+    """Let a worker say nothing on Ctrl-C: the process that it works for says it, and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A thread of multiprocessing reports connections that break then. What an image raises goes
+    # another way, to the process that asked for the image.
+    sys.excepthook = lambda *_: None
 
 
 def check_shared_memory(images: Sequence[ImageInfo], batch_size: int, workers: int) -> None:

@@ -48,11 +48,23 @@ def log(text: str) -> None:
     """Print a line on the main process and, within logging_to, append it to the run's log."""
     if rank() > 0:
         return
-    print(text, flush=True)
+    write_line(sys.stdout, text)
     if log_file is not None:
         with writing(Path(log_file.name)):
             log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             log_file.flush()
+
+
+def write_line(stream: TextIO, text: str) -> None:
+    """Write a line at once: print writes its end apart where Python's streams are unbuffered, and
+    then lines of several processes mix."""
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+def plural(number: int, noun: str, more: str = "") -> str:
+    """Return "1 image", or "5,000 images"; more: the plural of a noun that needs more than an s."""
+    return f"{number:,} {noun if number == 1 else more or noun + 's'}"
 
 
 @contextlib.contextmanager
@@ -90,11 +102,11 @@ def run(main: Callable[[], Any], if_interrupted: str = "stopped") -> None:
         if rank() == 0 or not error.on_all_processes:
             # A DataLoader wraps what its workers raise into their traceback, which ends with it.
             message = str(error).rpartition("InputError: ")[2].strip()
-            print(f"{script}: error: {message}", file=sys.stderr)
+            write_line(sys.stderr, f"{script}: error: {message}")
         sys.exit(1)
     except KeyboardInterrupt:
         if rank() == 0:
-            print(f"{script}: {if_interrupted}", file=sys.stderr)
+            write_line(sys.stderr, f"{script}: {if_interrupted}")
         sys.exit(130)
     if dist.is_initialized():
         # Every process waits for the others, or an early one would close connections that they

@@ -33,7 +33,7 @@ from torchvision.utils import draw_segmentation_masks
 import data
 import distributed
 import models
-from distributed import InputError, log, writing
+from distributed import InputError, log, plural, writing
 
 Predict = Callable[[Tensor], dict[str, Tensor]]  # from (3, h, w) in [0, 1] to torchvision's dict
 Results = list[dict[str, Any]]                   # in COCO's format
@@ -79,7 +79,7 @@ def evaluate(
     """
     share = val.images[distributed.rank()::distributed.world_size()]
     loader = data.val_loader(val.images, val.folder, workers, device)
-    log(f"{title}: {count(len(val.images), 'image')}")
+    log(f"{title}: {plural(len(val.images), 'image')}")
     my_results = []
     begin = last_line = time.perf_counter()
     for done, (info, image) in enumerate(zip(share, loader, strict=True), start=1):
@@ -88,7 +88,7 @@ def evaluate(
         now = time.perf_counter()
         if now - last_line > 30:
             last_line = now
-            log(f"{title}: {done:,} of {count(len(share), 'image')} of this process, "
+            log(f"{title}: {done:,} of {plural(len(share), 'image')} of this process, "
                 f"{(now - begin) / done:.3f} s each")
 
     results = list(itertools.chain.from_iterable(distributed.gather(my_results)))
@@ -102,11 +102,6 @@ def evaluate(
 def whole(detector: nn.Module) -> Predict:
     """Return a torchvision detector as a function of one image."""
     return lambda image: detector([image])[0]
-
-
-def count(number: int, noun: str, plural: str = "") -> str:
-    """Return "1 image", or "5,000 images"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def to_coco(image_id: int, detections: dict[str, Tensor]) -> Results:
@@ -229,7 +224,7 @@ def measure_split(
         rows.append((len(payload), middle - begin, time.perf_counter() - middle))
         return detections
 
-    metrics, _ = evaluate(predict, val, device, workers, f"student, {count(bits, 'bit')}")
+    metrics, _ = evaluate(predict, val, device, workers, f"student, {plural(bits, 'bit')}")
     all_rows = itertools.chain.from_iterable(distributed.gather(rows))
     payload_bytes, head_seconds, tail_seconds = zip(*all_rows)
     return {
@@ -358,7 +353,7 @@ def rate_table(rows: Sequence[dict[str, Any]], file_bytes: float) -> str:
     lines = [header + "   bytes   share  head s  tail s"]
     for row in rows:
         if "bits" in row:
-            name = f"student, {count(row['bits'], 'bit')}"
+            name = f"student, {plural(row['bits'], 'bit')}"
             seconds = f"{row['head_seconds']:8.4f}{row['tail_seconds']:8.4f}"
         else:
             name = f"teacher, {'resized ' * row['is_resized']}JPEG {row['quality']}"
@@ -514,7 +509,7 @@ def main(bottleneck: models.MakeBottleneck | None = None) -> None:
     student, config = distributed.on_main_first(
         models.load_student, args.ckpt, args.min_size, args.max_size, bottleneck)
     log(f"{args.ckpt}: {describe(config, student)}, on "
-        f"{count(distributed.world_size(), 'process', 'processes')} x {device.type}")
+        f"{plural(distributed.world_size(), 'process', 'processes')} x {device.type}")
     models.to_device(student, device)
     teacher = None
     if args.teacher or args.teacher_ckpt or args.jpeg or args.pictures:

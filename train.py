@@ -35,7 +35,7 @@ import distributed
 import evaluate
 import losses
 import models
-from distributed import InputError, log, writing
+from distributed import InputError, log, plural, writing
 
 # ---- the recipe ----------------------------------------------------------------------------------
 
@@ -325,8 +325,10 @@ def run_experiment(
             criterion = torch.compile(criterion, dynamic=True)
 
         log(f"{experiment.arch} on {device}, from epoch {run.epoch}, step {run.step} on: "
-            f"{len(images):,} images; a step is {distributed.world_size()} processes x "
-            f"{accumulation} micro-batches x {micro_batch} images")
+            f"{plural(len(images), 'image')}; a step is "
+            f"{plural(distributed.world_size(), 'process', 'processes')} x "
+            f"{plural(accumulation, 'micro-batch', 'micro-batches')} x "
+            f"{plural(micro_batch, 'image')}")
         while run.epoch < experiment.epochs:
             for record in train_epoch(
                     experiment, run, *bodies, teacher.transform, loader, criterion, amp, log_every,

@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def collectives():
     distributed.broadcast_buffers(norm)
     assert norm.running_mean.tolist() == [1, 1] and norm.weight.tolist() == [rank, rank]
     distributed.log(f"said by {rank}")
-    print(f"done {rank}\n", end="", flush=True)
+    distributed.write_line(sys.stdout, f"done {rank}")
 
 
 @pytest.mark.parametrize("world_size", [None, 2, 3])
@@ -93,6 +94,16 @@ def test_lines_are_printed_once_and_logged_within_the_block(tmp_path):
     assert process.stdout.splitlines() == ["before", *2 * ["within, \\u56fe", "after"]]
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 and all(line.endswith(" within, \u56fe") for line in lines)
+
+
+def test_a_line_is_one_write(monkeypatch):
+    """print makes two where Python is unbuffered, and lines of several processes mix."""
+    stream = io.StringIO()
+    writes = []
+    monkeypatch.setattr(stream, "write", writes.append, raising=False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    distributed.log("a line")
+    assert writes == ["a line\n"]
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,13 +117,12 @@ def test_metrics_are_those_of_plain_pycocotools(dataset, val, tmp_path, iou_type
 
 def metrics_of_80_categories():
     """Print coco_metrics of random results; the command line names the data set."""
-    import sys
-
     distributed.set_up("cpu")
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(sys.argv[1])
     image_ids = sorted(coco.getImgIds())
-    print(json.dumps(evaluate.coco_metrics(coco, random_results(coco), image_ids, "bbox")))
+    metrics = evaluate.coco_metrics(coco, random_results(coco), image_ids, "bbox")
+    distributed.write_line(sys.stdout, json.dumps(metrics))
 
 
 def test_categories_shared_out_give_the_very_same_metrics(own_dataset, tmp_path, finish):
