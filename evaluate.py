@@ -237,12 +237,8 @@ def measure_split(
 
 
 def measure_jpeg(
-    teacher: nn.Module,
-    quality: int,
-    is_resized: bool,
-    val: ValSet,
-    device: torch.device,
-    workers: int,
+    teacher: nn.Module, quality: int, is_resized: bool, val: ValSet, device: torch.device,
+    workers: int
 ) -> dict[str, Any]:
     """Evaluate the teacher on recompressed images: the alternative to a split student.
 

@@ -347,12 +347,8 @@ def run_experiment(
 
 
 def describe_start(
-    config: dict[str, Any],
-    device: torch.device,
-    data_dir: Path,
-    teacher_ckpt: Path | None,
-    teacher_eps: float | None,
-    compiled: bool,
+    config: dict[str, Any], device: torch.device, data_dir: Path, teacher_ckpt: Path | None,
+    teacher_eps: float | None, compiled: bool
 ) -> dict[str, Any]:
     """Return the record of what is run, and with what."""
     return {
@@ -404,11 +400,8 @@ def prepare_bodies(
 
 
 def report_epoch(
-    run: "Run",
-    metrics: evaluate.Metrics,
-    folder: "RunFolder",
-    config: dict[str, Any],
-    published: dict[str, Any],
+    run: "Run", metrics: evaluate.Metrics, folder: "RunFolder", config: dict[str, Any],
+    published: dict[str, Any]
 ) -> None:
     """Log and record a validated epoch, and save the student if it is the best so far.
 
@@ -431,14 +424,9 @@ def report_epoch(
 
 
 def test(
-    student: nn.Module,
-    predictor: Callable[[nn.Module], evaluate.Predict],
-    teacher: nn.Module,
-    val: evaluate.ValSet,
-    config: dict[str, Any],
-    device: torch.device,
-    workers: int,
-    folder: "RunFolder",
+    student: nn.Module, predictor: Callable[[nn.Module], evaluate.Predict], teacher: nn.Module,
+    val: evaluate.ValSet, config: dict[str, Any], device: torch.device, workers: int,
+    folder: "RunFolder"
 ) -> dict[str, evaluate.Metrics]:
     """Load the best checkpoint; log, record and return the metrics of teacher and student."""
     content = distributed.on_main(models.load_checkpoint, folder.best)
