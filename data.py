@@ -1,4 +1,4 @@
-"""COCO's annotation files and what is right in them; its images, and the batches to train on."""
+"""Read and check COCO's annotation files; read its images; make the batches to train on."""
 
 import contextlib
 import gc
@@ -171,8 +171,7 @@ def read_instances(annotation_file: Path) -> dict[str, Any]:
     try:
         content = json.loads(annotation_file.read_bytes())
     except OSError as error:
-        raise InputError(f"{annotation_file} cannot be read ({error.strerror}); --data-dir must "
-                         "hold annotations/, train2017/ and val2017/ as COCO does") from error
+        raise InputError(f"{annotation_file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{annotation_file} is not whole: {error}") from error
     for group, rules in RULES.items():
@@ -249,6 +248,9 @@ def read_annotations(annotation_file: Path, classes: int, masks: bool) -> dict[s
     if masks and annotations and not any(a.get("segmentation") for a in annotations):
         raise InputError(f"{annotation_file} has no masks: all {len(annotations):,} segmentations "
                          "are empty or missing, and the detector is a Mask R-CNN")
+    if category_ids and max(category_ids) != classes - 1:
+        log(f"{annotation_file}: the highest category id is {max(category_ids)}, and that of the "
+            f"detector {classes - 1}: is it the right --teacher-ckpt?")
     rules = annotation_rules(classes, category_ids, sizes if masks else None)
     check(annotation_file, "annotations", kept, rules)
 
@@ -553,14 +555,13 @@ def train_loader(
 def val_loader(
     images: Sequence[ImageInfo], folder: Path, workers: int, device: torch.device
 ) -> DataLoader:
-    """Return a loader of this process's share of the images, at rank, rank + world_size, ..."""
+    """Return a loader of uint8 images (3, h, w), one by one."""
     distributed.on_main(check_shared_memory, images, 1, workers)
-    share = range(distributed.rank(), len(images), distributed.world_size())
     return DataLoader(
         CocoImages(images, folder),
-        sampler=[(position, False) for position in share],
+        sampler=[(position, False) for position in range(len(images))],
         batch_size=None,  # single images
-        num_workers=min(workers, len(share)),
+        num_workers=min(workers, len(images)),
         pin_memory=device.type == "cuda",
         worker_init_fn=stay_silent,
     )
@@ -586,5 +587,5 @@ def check_shared_memory(images: Sequence[ImageInfo], batch_size: int, workers: i
     free = shutil.disk_usage(shared_memory).free
     if free < needed:
         raise InputError(
-            f"/dev/shm has {free / 2**20:.0f} MiB free, and loading in {workers} workers may take "
-            f"{needed / 2**20:.0f}; give --workers 0, or start docker with a larger --shm-size")
+            f"/dev/shm has {free / 2**20:.0f} MiB free, and {workers} workers may need "
+            f"{needed / 2**20:.0f} MiB; give --workers 0, or start docker with a larger --shm-size")

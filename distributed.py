@@ -56,8 +56,8 @@ def log(text: str) -> None:
 
 
 def write_line(stream: TextIO, text: str) -> None:
-    """Write a line at once: print writes its end apart where Python's streams are unbuffered, and
-    then lines of several processes mix."""
+    """Write a line in one call: unbuffered, print writes the line end separately, and then lines
+    of several processes mix."""
     stream.write(f"{text}\n")
     stream.flush()
 
@@ -184,7 +184,8 @@ def choose_gpu() -> int:
         return 0
     if gpus < processes_here:
         raise InputError(
-            f"--device cuda: this machine has {gpus} GPUs for {processes_here} processes; "
+            f"--device cuda: this machine has {plural(gpus, 'GPU')} for "
+            f"{plural(processes_here, 'process', 'processes')}; "
             "lower --nproc_per_node, or use --device cpu",
             on_all_processes=local_rank > 0)  # the first process of each machine prints it
     return local_rank

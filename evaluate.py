@@ -78,7 +78,7 @@ def evaluate(
     workers: that load images. title: for the lines of progress.
     """
     share = val.images[distributed.rank()::distributed.world_size()]
-    loader = data.val_loader(val.images, val.folder, workers, device)
+    loader = data.val_loader(share, val.folder, workers, device)
     log(f"{title}: {plural(len(val.images), 'image')}")
     my_results = []
     begin = last_line = time.perf_counter()
@@ -366,11 +366,10 @@ def draw_pictures(
     val: ValSet, student_results: Results, teacher_results: Results, folder: Path, limit: int = 20
 ) -> None:
     """Write a picture of each of the first images: annotations, teacher, student side by side."""
-    columns = {"annotations": val.coco.dataset["annotations"], "teacher": teacher_results,
-               "student": student_results}
-    if not columns["annotations"]:
-        del columns["annotations"]
-    columns = {title: group_by_image(results) for title, results in columns.items()}
+    columns = {"teacher": group_by_image(teacher_results),
+               "student": group_by_image(student_results)}
+    if val.coco.dataset["annotations"]:
+        columns = {"annotations": group_by_image(val.coco.dataset["annotations"])} | columns
     names = {c["id"]: str(c.get("name", c["id"])) for c in val.coco.dataset["categories"]}
     for info in val.images[:limit]:
         image = data.read_image(val.folder / info.file_name)
@@ -491,14 +490,16 @@ def save_detections(results: Results, iou_types: Sequence[str], path: Path) -> N
 def describe(config: dict[str, Any], student: nn.Module) -> str:
     """Return what is evaluated, and how that differs from what was trained, in a line."""
     text = f"{config['arch']} at {config['min_size']}/{config['max_size']} pixels"
-    name = models.name_of(student.backbone.body.layer1)
-    if config.get("bottleneck", name) != name:
-        text += f", trained with {config['bottleneck']}, evaluated with {name}"
+    used = {"bottleneck": models.name_of(student.backbone.body.layer1),
+            "predictor": models.name_of(whole)}
+    for part, name in used.items():
+        if config.get(part, name) != name:
+            text += f", trained with {config[part]}, evaluated with {name}"
     return text
 
 
 def main(bottleneck: models.MakeBottleneck | None = None) -> None:
-    """Run the command; bottleneck: as in models.load_student."""
+    """Run the command; bottleneck: as in models.make_bottleneck."""
     args = parse_args()
     device = distributed.set_up(args.device)
     distributed.on_main(check_outputs, args)
@@ -513,6 +514,10 @@ def main(bottleneck: models.MakeBottleneck | None = None) -> None:
             models.load_teacher, config["arch"], args.teacher_ckpt, config["min_size"],
             config["max_size"], args.teacher_eps)
         models.to_device(teacher, device)
+        other = models.other_than_teacher(student.state_dict(), teacher.state_dict())
+        if other:
+            log(f"This is not the teacher that the student was trained with: {other} differs. See "
+                "--teacher-ckpt and --teacher-eps.")
     val = ValSet(args.data_dir, student, args.limit_val)
 
     metrics = {}
@@ -527,7 +532,7 @@ def main(bottleneck: models.MakeBottleneck | None = None) -> None:
             for is_resized in (False, True) for quality in args.jpeg]
 
     published = published_ap(student, config, val)
-    if not distributed.on_main(models.is_coco_v1, config["arch"], args.teacher_ckpt):
+    if teacher and other:
         published.pop("teacher", None)
     log(metrics_table(metrics, published))
     summary = dict(metrics)

@@ -38,8 +38,8 @@ class Bottleneck(nn.Module):
     """The student's layer1: an encoder to a few channels, which are what is sent, and a decoder.
 
     Any other module can take its place, if it maps (B, 64, H, W) to (B, 256, H, W) for H and W that
-    are multiples of 8, and has an `encoder` and a `decoder`, so that decoder(encoder(x)) does the
-    same. Training, checkpoints, evaluation and the split student know no more of it than that.
+    are multiples of 8, and has an `encoder` and a `decoder`: the split student runs
+    decoder(encoder(x)), which has the same shape. Nothing else in the code knows what is inside.
 
     Here, the map in between is (B, channels, H + 4, W + 4): the four padded 2 x 2 convolutions grow
     it by one pixel each, and the four unpadded ones shrink it back. Layers, keys and initial values
@@ -77,17 +77,16 @@ class Bottleneck(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def build_student(teacher: nn.Module, bottleneck: nn.Module | None = None) -> nn.Module:
+def build_student(teacher: nn.Module, bottleneck: MakeBottleneck | None = None) -> nn.Module:
     """Return the teacher with a copy of its conv1 and a bottleneck as layer1, in eval mode.
 
     teacher: a Faster or Mask R-CNN with torchvision's ResNet-50 FPN backbone; it is frozen here.
-    bottleneck: a module that keeps Bottleneck's contract; by default a new Bottleneck().
+    bottleneck: as in make_bottleneck.
     Only conv1 and the bottleneck are trainable. All other modules with weights are the teacher's
     own objects, so the two detectors together take little more memory than one.
     Raises InputError if the bottleneck does not keep the contract.
     """
-    if bottleneck is None:
-        bottleneck = Bottleneck()
+    bottleneck = make_bottleneck(bottleneck)
     check_bottleneck(bottleneck)
     teacher.eval().requires_grad_(False)
     body = teacher.backbone.body
@@ -102,7 +101,9 @@ def build_student(teacher: nn.Module, bottleneck: nn.Module | None = None) -> nn
 
 
 def make_bottleneck(given: MakeBottleneck | None, channels: int = 3) -> nn.Module:
-    """Return the bottleneck that was given, as a module or a function that makes one, or a new one.
+    """Return a module for layer1: the one that was given, or made by the given function or class.
+
+    If none was given, it is a Bottleneck of so many channels.
     """
     if given is None:
         return Bottleneck(channels)
@@ -111,6 +112,8 @@ def make_bottleneck(given: MakeBottleneck | None, channels: int = 3) -> nn.Modul
 
 def name_of(part: object) -> str:
     """Return "module.name" of a function, or of a module's class: "models.Bottleneck"."""
+    if isinstance(part, partial):
+        return f"{name_of(part.func)} with {part.args} {part.keywords}"
     kind = part if hasattr(part, "__qualname__") else type(part)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -126,10 +129,12 @@ def check_bottleneck(bottleneck: nn.Module) -> int:
         if not isinstance(getattr(bottleneck, part, None), nn.Module):
             raise InputError(f"{name} has no {part}; a bottleneck needs the modules encoder, whose "
                              "output is sent, and decoder", on_all_processes=True)
-    bottleneck.eval()
+    was_training = bottleneck.training
+    bottleneck.eval()  # or BatchNorm would count this input
     x = next(bottleneck.parameters()).new_zeros(1, 64, 24, 40)
     sent = bottleneck.encoder(x)
     outputs = {name: bottleneck(x), f"{name}'s decoder(encoder(x))": bottleneck.decoder(sent)}
+    bottleneck.train(was_training)
     for what, output in outputs.items():
         if output.shape != (1, 256, 24, 40):
             raise InputError(f"{what} maps {tuple(x.shape)} to {tuple(output.shape)}, not to "
@@ -376,11 +381,11 @@ def detector_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} holds no state dict, neither under 'model' nor by itself")
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise InputError(f"{path} holds no state dict: {key!r} is no tensor")
+            raise InputError(f"{path} holds no state dict: {key!r} is not a tensor")
         # A file of a few bytes can claim any shape for a tensor with strides of 0, or without data.
         is_plain = value.layout == torch.strided and value.device.type == "cpu"
         if not is_plain or value.untyped_storage().nbytes() < value.nbytes:
-            raise InputError(f"{path} was refused: {key!r} has not as many values as it claims")
+            raise InputError(f"{path} was refused: {key!r} holds fewer values than it claims")
     return {key.replace("_orig_mod.", "").removeprefix("module."): value
             for key, value in state.items()}
 
@@ -397,13 +402,25 @@ def load_weights(detector: nn.Module, state: dict[str, Tensor], path: Path) -> N
     try:
         detector.load_state_dict(state)  # torchvision's modules rename the keys of 2020 themselves
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} does not fit: {textwrap.shorten(reason, 600)}") from error
+        raise InputError(f"{path} does not fit: {textwrap.shorten(str(error), 600)}") from error
     check_finite(detector.state_dict(), path)
     for name, module in detector.named_modules():
         if isinstance(module, FrozenBatchNorm2d) and not (module.running_var > 0).all():
             raise InputError(f"{path} cannot be used: {name} divides by a variance that is not "
                              "above 0 (a teacher trained with eps 1e-5 needs --teacher-eps 1e-5)")
+
+
+def other_than_teacher(
+    student_state: dict[str, Tensor], teacher_state: dict[str, Tensor]
+) -> str | None:
+    """Return the first frozen weight in which a student differs from a teacher, or None."""
+    for name, value in student_state.items():
+        is_trained = name.startswith(("backbone.body.conv1.", "backbone.body.layer1."))
+        if is_trained:
+            continue
+        if name not in teacher_state or not torch.equal(value.cpu(), teacher_state[name].cpu()):
+            return name
+    return None
 
 
 def check_finite(state: dict[str, Tensor], path: Path) -> None:
@@ -422,7 +439,7 @@ def load_student(
     """Return the student that a checkpoint holds, in eval mode, and the config that it runs by.
 
     min_size, max_size: as in build_detector; by default those that the student was trained with.
-    bottleneck: the student's layer1 or a function that makes it, if it is no Bottleneck.
+    bottleneck: as in make_bottleneck; by default a Bottleneck of the channels in the config.
     The config is that of the file, as train.py wrote it. torchdistill's files have none: they are
     published students of 3 channels at 800 / 1333 pixels. "arch" is told by the keys.
     Raises InputError if the file cannot be read or holds no student.
@@ -455,7 +472,8 @@ def read_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
     config = published | {"is_recipe": False} | config
     for name in ("bottleneck_channels", "min_size", "max_size"):
         if type(config[name]) is not int or not 1 <= config[name] < 2**16:
-            raise InputError(f"{path} cannot be used: its config has {name} {config[name]!r}")
+            raise InputError(f"{path} cannot be used: its config has {name} {config[name]!r}, not "
+                             "a whole number from 1 to 65,535")
     return config
 
 

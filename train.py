@@ -42,7 +42,7 @@ from distributed import InputError, log, plural, writing
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the results table, with every number that its training depends on.
+    """The settings of a published experiment, or of one that differs from it.
 
     The comments are the help texts of train.py's flags, which are made from these fields.
     """
@@ -78,6 +78,8 @@ FASTERRCNN = Experiment("fasterrcnn")
 MASKRCNN = Experiment("maskrcnn")
 EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
 RECIPE_IMAGES = 117_266  # of train2017 that have a box of more than a pixel
+LOG_EVERY = 100          # steps; these two are the defaults of their flags
+SAVE_EVERY = 2000
 
 # The published runs, epoch by epoch: the mean loss, and the box AP where it was better than in all
 # epochs before. The loss is the mean of an epoch's first 9,001 steps, the last that the logs give.
@@ -138,8 +140,8 @@ def train_epoch(
     loader: DataLoader,
     criterion: Callable[..., Any] = losses.ghnd_loss,
     amp: str | None = None,
-    log_every: int = 100,
-    save_every: int = 2000,
+    log_every: int = LOG_EVERY,
+    save_every: int = SAVE_EVERY,
 ) -> Iterator[dict[str, Any]]:
     """Train to the end of run.epoch, from run.step on; yield records of progress.
 
@@ -169,6 +171,10 @@ def train_epoch(
     waited, begin = 0.0, time.perf_counter()
     student_body.train()
     for step in range(first, last + 1):
+        # The default student draws no random numbers. For one that does: they differ between the
+        # processes, and are the same after resuming.
+        seeds = np.random.SeedSequence((experiment.seed, run.epoch, step, distributed.rank()))
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
         run.optimizer.zero_grad()
         for micro_step in range(1, accumulation + 1):
             wait_begin = time.perf_counter()
@@ -258,8 +264,8 @@ def run_experiment(
     workers: int = 4,
     limit_train: int | None = None,
     limit_val: int | None = None,
-    log_every: int = 100,
-    save_every: int = 2000,
+    log_every: int = LOG_EVERY,
+    save_every: int = SAVE_EVERY,
     bottleneck: models.MakeBottleneck | None = None,
     criterion: Callable[..., Any] = losses.ghnd_loss,
     predictor: Callable[[nn.Module], evaluate.Predict] = evaluate.whole,
@@ -268,22 +274,24 @@ def run_experiment(
 
     After each epoch the student is validated, and the best checkpoint is written if its box AP is
     the best so far; the test at the end is of that. Settings are those of the command line, and:
-    bottleneck: the student's layer1, or a function that makes it after the experiment's seed was
-        set, such as a class; by default models.Bottleneck of the experiment's channels.
+    bottleneck: as in models.make_bottleneck, made after the experiment's seed was set.
     criterion: the loss, as in train_epoch.
     predictor: a function of the student that returns what is validated and tested.
     """
     device = distributed.set_up(device)
     if amp == "bf16" and not models.has_bf16(device):
-        raise InputError(f"--amp bf16: this {device.type} has no bfloat16; leave the flag out",
+        raise InputError(f"--amp bf16: this {device.type} has no fast bfloat16; leave it out",
                          on_all_processes=True)
     micro_batch, accumulation = share_step(experiment.images_per_step, distributed.world_size())
     for split in ("train2017", "val2017"):
         distributed.on_main(data.split_paths, data_dir, split)
     torch.manual_seed(experiment.seed)
     bottleneck = models.make_bottleneck(bottleneck, experiment.bottleneck_channels)
-    experiment = replace(
-        experiment, bottleneck_channels=models.check_bottleneck(bottleneck))
+    channels = models.check_bottleneck(bottleneck)
+    if experiment.bottleneck_channels not in (Experiment.bottleneck_channels, channels):
+        raise InputError(f"--bottleneck-channels {experiment.bottleneck_channels}: the bottleneck "
+                         f"that was given sends {channels}", on_all_processes=True)
+    experiment = replace(experiment, bottleneck_channels=channels)
     config = asdict(experiment) | {
         "amp": amp,
         "bottleneck": models.name_of(bottleneck),
@@ -308,8 +316,8 @@ def run_experiment(
         loader = data.train_loader(
             images, images_folder, micro_batch, experiment.seed, workers, device)
         val = evaluate.ValSet(data_dir, teacher, limit_val)
-        is_recipe = follows_recipe(config, len(images)) and distributed.on_main(
-            models.is_coco_v1, experiment.arch, teacher_ckpt)
+        is_recipe = (follows_recipe(config, len(images)) and not teacher_eps
+                     and distributed.on_main(models.is_coco_v1, experiment.arch, teacher_ckpt))
         config = config | {"train_images": len(images), "val_images": len(val.images),
                            "is_recipe": is_recipe}
         distributed.on_main(check_config, checkpoint, config, folder.last)
@@ -476,12 +484,11 @@ class Run:
     def load(self, content: dict[str, Any], path: Path) -> None:
         """Go on with the run that wrote a checkpoint. Raises InputError for another teacher."""
         state = models.detector_state(content, path)
-        trained = ("backbone.body.conv1.", "backbone.body.layer1.")
-        for name, value in self.student.state_dict().items():
-            is_frozen = not name.startswith(trained)
-            if is_frozen and name in state and not torch.equal(value.cpu(), state[name]):
-                raise InputError(f"{path} belongs to another teacher, with another {name}; resume "
-                                 "with the same --teacher-ckpt")
+        # The student's frozen weights are still its teacher's own.
+        other = models.other_than_teacher(state, self.student.state_dict())
+        if other:
+            raise InputError(f"{path} belongs to another teacher, with another {other}; resume "
+                             "with the same teacher")
         models.load_weights(self.student, state, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["lr_scheduler"])
@@ -527,7 +534,7 @@ class RunFolder:
     def claimed(self, start: dict[str, Any], resume: bool) -> Iterator[dict[str, Any] | None]:
         """Claim the folder; give last.pt's content if there is a run to resume, else None.
 
-        A new run that fails before its first step leaves the folder free again.
+        A new run with an error before its first step leaves the folder free again.
         """
         try:
             # No name is bound to what is given, or it would stay in memory during the run.
@@ -544,11 +551,11 @@ class RunFolder:
         run's checkpoint or records.
         """
         found = [path for path in (self.last, self.best, self.metrics) if os.path.exists(path)]
-        if found and not resume:
-            raise self.taken_error(found[0])
         if self.best in found and self.last not in found:
             raise InputError(f"{self.best} is there, but no {self.last}, from which its run could "
                              "be resumed; move it away, or give another --output-dir")
+        if found and not resume:
+            raise self.taken_error(found[0])
         content = None
         if self.last in found:
             content = self.load()
@@ -575,7 +582,7 @@ class RunFolder:
         self.own_last = file_identity(self.last)  # first: what is written meanwhile is not ours
         content = models.load_checkpoint(self.last)
         if not isinstance(content.get("config"), dict) or "progress" not in content:
-            raise InputError(f"{self.last} is not of a run of this train.py; move it away, or give "
+            raise InputError(f"{self.last} was not written by this train.py; move it away, or give "
                              "another --output-dir")
         if not self.best.exists():
             content["best_value"] = -math.inf  # so that the next validation writes it
@@ -602,7 +609,7 @@ class RunFolder:
         """
         if distributed.rank() > 0:
             return
-        models.check_finite(content["model"], path)
+        models.check_finite(content["model"], f"{path} was not written")
         if file_identity(self.last) != self.own_last:
             raise InputError(f"{self.last} was changed by another run; this one stops, and has "
                              "overwritten nothing")
@@ -669,10 +676,10 @@ def parse_args() -> argparse.Namespace:
         "--resume", action="store_true",
         help="go on from last.pt, or start if there is none: the same command each time")
     parser.add_argument(
-        "--save-every", type=distributed.positive, metavar="N", default=2000,
+        "--save-every", type=distributed.positive, metavar="N", default=SAVE_EVERY,
         help="write last.pt after so many steps, besides after each epoch (%(default)s)")
     parser.add_argument(
-        "--log-every", type=distributed.positive, metavar="N", default=100,
+        "--log-every", type=distributed.positive, metavar="N", default=LOG_EVERY,
         help="print a line after so many steps (%(default)s)")
     parser.add_argument(
         "--limit-train", type=distributed.positive, metavar="N",
@@ -688,16 +695,16 @@ def parse_args() -> argparse.Namespace:
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each field of Experiment but arch, with the field's comment as its help."""
-    group = parser.add_argument_group("the recipe, from which these flags depart")
+    group = parser.add_argument_group("changes to the recipe")
     source = inspect.getsource(Experiment)
     comments = dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.MULTILINE))
     for field in fields(Experiment)[1:]:
         flag = "--" + field.name.replace("_", "-")
-        text = f"{comments[field.name]} ({field.default})"
-        if isinstance(field.default, tuple):
-            group.add_argument(flag, type=type(field.default[0]), nargs="*", metavar="X", help=text)
-        else:
-            group.add_argument(flag, type=type(field.default), metavar="X", help=text)
+        is_list = isinstance(field.default, tuple)
+        values = field.default if is_list else (field.default,)
+        group.add_argument(
+            flag, type=type(values[0]), nargs="*" if is_list else None, metavar="X",
+            help=f"{comments[field.name]} ({' '.join(map(str, values))})")
 
 
 def main(

@@ -289,7 +289,7 @@ def test_whole_files_that_cannot_be_right_are_refused_with_a_count(own_dataset, 
     edit_json(own_dataset / VAL, edit)
     count = len(json.loads((own_dataset / VAL).read_text())["annotations"])
     with pytest.raises(InputError, match=message) as error:
-        data.read_annotations(own_dataset / VAL, classes=91, masks=True)
+        data.read_annotations(own_dataset / VAL, classes=3, masks=True)
     assert str(error.value).startswith(str(own_dataset / VAL))
     if message.endswith(", and "):
         more = int(str(error.value).rpartition(", and ")[2].split()[0])
@@ -314,10 +314,12 @@ def a_pixel_outside(content):
     (centres, "boxes leave their images; the first is ["),
     (set_all("area", 0), "20 of 20 areas are far from those of box and mask"),
     (set_all("area", 1e9), "20 of 20 areas are far from those of box and mask"),
+    (lambda content: content["categories"].append({"id": 7}),
+     "the highest category id is 7, and that of the detector 2: is it the right --teacher-ckpt?"),
     (a_pixel_outside, ""), (drop("area"), "")])
 def test_what_is_unlikely_is_told_in_a_line(own_dataset, edit, text, capsys):
     edit_json(own_dataset / VAL, edit)
-    content = data.read_annotations(own_dataset / VAL, classes=91, masks=True)
+    content = data.read_annotations(own_dataset / VAL, classes=3, masks=True)
     lines = capsys.readouterr().out.replace(str(len(content["annotations"])), "20").splitlines()
     assert any(text in line for line in lines)
     expected = 2 if text and "crowds" not in text else 1  # crowds are in the unspoilt file, too
@@ -487,13 +489,12 @@ def test_loader_gives_this_processs_batches_under_every_start_method(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_validation_images_are_shared_without_gaps_or_doubles(dataset, world_size, monkeypatch):
+def test_validation_images_are_shared_without_gaps_or_doubles(dataset, world_size):
     content = data.read_instances(dataset / "annotations" / "instances_val2017.json")
     images, shapes = data.image_infos(content), {}
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     for rank in range(world_size):
-        monkeypatch.setenv("RANK", str(rank))
-        loader = data.val_loader(images, dataset / "val2017", 0, CPU)
+        share = images[rank::world_size]
+        loader = data.val_loader(share, dataset / "val2017", 0, CPU)
         loaded = [tuple(image.shape) for image in loader]
         shapes |= dict(zip(range(rank, len(images), world_size), loaded, strict=True))
     assert shapes == {i: (3, info.height, info.width) for i, info in enumerate(images)}
@@ -504,7 +505,7 @@ def test_a_small_shared_memory_is_noticed_at_the_start(monkeypatch):
     usage = data.shutil.disk_usage("/")._replace(free=64 * 2**20)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(InputError, match="/dev/shm has 64 MiB free, .* take 95; give --workers 0"):
+    with pytest.raises(InputError, match="/dev/shm has 64 MiB free, .* need 95 MiB; give --workers 0"):
         data.check_shared_memory(images, 4, workers=4)
     data.check_shared_memory(images, 4, workers=0)
     data.check_shared_memory(images, 1, workers=4)

@@ -160,6 +160,7 @@ def test_a_full_disk_is_named(start):
 
 
 def wait_long():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     print("waiting", flush=True)
     time.sleep(60)
 

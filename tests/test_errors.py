@@ -74,7 +74,7 @@ def test_help_tells_real_defaults(script, call):
     assert status == 0 and "None" not in out and "~/datasets/coco2017" in out
     if script is train:
         text = " ".join(out.split())
-        help_text = "--lr-drops [X ...] epochs, counted from 0, at whose start lr is reduced ((5, 15))"
+        help_text = "--lr-drops [X ...] epochs, counted from 0, at whose start lr is reduced (5 15)"
         assert help_text in text
 
 
@@ -89,7 +89,7 @@ REFUSALS = [
     (lambda p: cut_all(p.data / "train2017"), train, TRAIN + " --workers 1",
      "jpg cannot be decoded"),
     (lambda p: publish(p.best), train, TRAIN + " --resume", "{best} is there, but no {last}"),
-    (lambda p: publish(p.last), train, TRAIN + " --resume", "{last} is not of a run of this train"),
+    (lambda p: publish(p.last), train, TRAIN + " --resume", "{last} was not written by this train"),
     (lambda p: cut(p.val_image), evaluate, EVALUATE + " --ckpt {student} --workers 1",
      "image {val_image} cannot be decoded"),
     (None, evaluate, EVALUATE + " --ckpt {tmp}/" + 300 * "x", "xxx is not there"),

@@ -20,15 +20,15 @@ import train
 # What is cut out together, to work with nothing but its file's import lines.
 PIECES = {
     "loss": ("losses.py", "at_least_float32 squared_errors ghnd_loss squared_norms"),
-    "student": ("models.py", "name_of Bottleneck check_bottleneck build_student"),
+    "student": ("models.py", "MakeBottleneck Bottleneck make_bottleneck check_bottleneck build_student"),
     "bodies": ("models.py", "fold_frozen_bn training_bodies"),
     "split": ("models.py", "Header HEADER_FORMAT MAGIC MAX_BYTES MAX_PIXELS DTYPES quantize "
-                           "dequantize split Head Tail padded_size unpack"),
+                           "dequantize split Head Tail padded_size unpack check_bottleneck"),
     "checkpoints": ("models.py", "save_checkpoint part_file load_checkpoint"),
     "batches": ("data.py", "ImageInfo aspect_ratio_groups group_batches GroupedBatches"),
     "metrics": ("evaluate.py", "METRICS Results results_of_type make_coco load_results "
                                "coco_metrics"),
-    "loop": ("train.py", "Experiment Run share_step train_epoch"),
+    "loop": ("train.py", "Experiment LOG_EVERY SAVE_EVERY Run share_step train_epoch"),
 }
 
 

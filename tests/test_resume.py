@@ -10,6 +10,7 @@ import torch
 from conftest import BEST, records, same, torchrun
 
 import distributed
+import losses
 import models
 import train
 from distributed import InputError
@@ -119,6 +120,40 @@ def test_another_number_of_processes_goes_on_at_the_same_step(
                  world_size=2)
     assert "from epoch 1, step 4 on" in job.out
     assert [r["epoch"] for r in records(tmp_path, "epoch")] == [0, 1, 1, 2]
+
+
+class Noisy(models.Bottleneck):
+    """A bottleneck that draws random numbers in training."""
+
+    def forward(self, x):
+        z = self.encoder(x)
+        return self.decoder(z + torch.randn_like(z) if self.training else z)
+
+
+def test_random_numbers_are_the_same_after_resuming(dataset, teachers, tmp_path):
+    calls_left = {"whole": 4, "stopped": 2}
+
+    def criterion(*args):
+        calls_left[folder] -= 1
+        if calls_left[folder] < 0:
+            raise KeyboardInterrupt
+        return losses.ghnd_loss(*args)
+
+    def run(**settings):
+        train.run_experiment(
+            train.Experiment("fasterrcnn", epochs=1, images_per_step=4, min_size=64, max_size=96),
+            data_dir=dataset, output_dir=tmp_path / folder, teacher_ckpt=teachers["fasterrcnn"],
+            limit_train=16, limit_val=1, save_every=2, workers=0, device="cpu", bottleneck=Noisy,
+            criterion=criterion, **settings)
+
+    folder = "whole"
+    run()
+    folder = "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    calls_left[folder] = 2
+    run(resume=True)
+    assert same(load(tmp_path / "whole" / LAST), load(tmp_path / "stopped" / LAST))
 
 
 # ---- a folder has one owner ----------------------------------------------------------------------
