@@ -487,26 +487,18 @@ def save_detections(results: Results, iou_types: Sequence[str], path: Path) -> N
             file.write_text(json.dumps(results_of_type(results, iou_type)))
 
 
-def describe(config: dict[str, Any], student: nn.Module) -> str:
-    """Return what is evaluated, and how that differs from what was trained, in a line."""
-    text = f"{config['arch']} at {config['min_size']}/{config['max_size']} pixels"
-    used = {"bottleneck": models.name_of(student.backbone.body.layer1),
-            "predictor": models.name_of(whole)}
-    for part, name in used.items():
-        if config.get(part, name) != name:
-            text += f", trained with {config[part]}, evaluated with {name}"
-    return text
-
-
 def main(bottleneck: models.MakeBottleneck | None = None) -> None:
     """Run the command; bottleneck: as in models.make_bottleneck."""
     args = parse_args()
     device = distributed.set_up(args.device)
     distributed.on_main(check_outputs, args)
+    distributed.on_main(data.split_paths, args.data_dir, "val2017")
     student, config = distributed.on_main_first(
         models.load_student, args.ckpt, args.min_size, args.max_size, bottleneck)
-    log(f"{args.ckpt}: {describe(config, student)}, on "
+    log(f"{args.ckpt}: {config['arch']} at {config['min_size']}/{config['max_size']} pixels, on "
         f"{plural(distributed.world_size(), 'process', 'processes')} x {device.type}")
+    if config.get("predictor", models.name_of(whole)) != models.name_of(whole):
+        log(f"It was validated with {config['predictor']}, and is evaluated with evaluate.whole.")
     models.to_device(student, device)
     teacher = None
     if args.teacher or args.teacher_ckpt or args.jpeg or args.pictures:

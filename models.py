@@ -440,8 +440,9 @@ def load_student(
 
     min_size, max_size: as in build_detector; by default those that the student was trained with.
     bottleneck: as in make_bottleneck; by default a Bottleneck of the channels in the config.
-    The config is that of the file, as train.py wrote it. torchdistill's files have none: they are
-    published students of 3 channels at 800 / 1333 pixels. "arch" is told by the keys.
+    The config is that of the file, as train.py wrote it, but for what is used otherwise here, which
+    is logged. torchdistill's files have none: they are published students of 3 channels at
+    800 / 1333 pixels. "arch" is told by the keys.
     Raises InputError if the file cannot be read or holds no student.
     """
     content = load_checkpoint(path)
@@ -449,12 +450,18 @@ def load_student(
     config = read_config(content, path)
     has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
     config["arch"] = "maskrcnn" if has_masks else "fasterrcnn"
-    sizes = (min_size or config["min_size"], max_size or config["max_size"])
-    if sizes != (config["min_size"], config["max_size"]):
-        config |= {"min_size": sizes[0], "max_size": sizes[1], "is_recipe": False}
+    trained = {"min_size": config["min_size"], "max_size": config["max_size"]}
+    used = {"min_size": min_size or config["min_size"], "max_size": max_size or config["max_size"]}
+    bottleneck = make_bottleneck(bottleneck, config["bottleneck_channels"])
+    if "bottleneck" in config:
+        trained["bottleneck"], used["bottleneck"] = config["bottleneck"], name_of(bottleneck)
+    if used != trained:
+        log(f"{path}: trained with {trained}, used with {used}")
+        config |= used | {"is_recipe": False}
 
-    detector = build_detector(config["arch"], *sizes, count_classes(state, path))
-    student = build_student(detector, make_bottleneck(bottleneck, config["bottleneck_channels"]))
+    classes = count_classes(state, path)
+    detector = build_detector(config["arch"], used["min_size"], used["max_size"], classes)
+    student = build_student(detector, bottleneck)
     load_weights(student, state, path)
     return student, config
 

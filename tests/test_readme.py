@@ -119,5 +119,5 @@ def test_quantization_aware_training(run_script, place, dataset, capsys, monkeyp
     distributed.run(evaluate.main)
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1])["rate"][0]["metrics"] == epoch["metrics"]
-    assert "trained with __main__.Quantized, evaluated with models.Bottleneck" in out
+    assert "'bottleneck': '__main__.Quantized'}, used with " in out
     assert train.RunFolder(place / "out", "fasterrcnn").best.exists()
