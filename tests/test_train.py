@@ -275,6 +275,8 @@ def test_the_checkpoint_gives_the_metrics_of_its_last_validation(
                  "--limit-val", 2, "--device", "cpu", "--workers", 0)
     validated = records(folder, "epoch")[-1]["metrics"]
     assert "maskrcnn at 64/96 pixels, on 1 process x cpu" in job.out
+    assert "used with" not in job.out and "It was validated with" not in job.out
+    assert models.name_of(evaluate.whole) == "evaluate.whole"  # also where evaluate.py is the script
     assert json.loads(job.out.splitlines()[-1])["student"] == validated
     assert records(folder, "test")[0]["metrics"]["student"] == validated
 
