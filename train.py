@@ -285,16 +285,11 @@ def run_experiment(
     micro_batch, accumulation = share_step(experiment.images_per_step, distributed.world_size())
     for split in ("train2017", "val2017"):
         distributed.on_main(data.split_paths, data_dir, split)
-    torch.manual_seed(experiment.seed)
-    bottleneck = models.make_bottleneck(bottleneck, experiment.bottleneck_channels)
-    channels = models.check_bottleneck(bottleneck)
-    if experiment.bottleneck_channels not in (Experiment.bottleneck_channels, channels):
-        raise InputError(f"--bottleneck-channels {experiment.bottleneck_channels}: the bottleneck "
-                         f"that was given sends {channels}", on_all_processes=True)
-    experiment = replace(experiment, bottleneck_channels=channels)
+    layer1 = make_layer1(experiment, bottleneck)
     config = asdict(experiment) | {
+        "bottleneck_channels": models.check_bottleneck(layer1),
         "amp": amp,
-        "bottleneck": models.name_of(bottleneck),
+        "bottleneck": models.name_of(layer1),
         "criterion": models.name_of(criterion),
         "predictor": models.name_of(predictor),
     }
@@ -307,7 +302,7 @@ def run_experiment(
         teacher = distributed.on_main_first(
             models.load_teacher, experiment.arch, teacher_ckpt, experiment.min_size,
             experiment.max_size, teacher_eps)
-        student = models.build_student(teacher, bottleneck)
+        student = models.build_student(teacher, layer1)
         images, images_folder = data.load_train_split(data_dir, experiment.max_size, limit_train)
         if len(images) < experiment.images_per_step:
             raise InputError(f"{len(images)} images to train on are fewer than one step's "
@@ -329,8 +324,7 @@ def run_experiment(
             run.load(checkpoint, folder.last)
             del checkpoint  # 170 MB
         bodies = prepare_bodies(student, teacher, amp, compiled)
-        if compiled:
-            criterion = torch.compile(criterion, dynamic=True)
+        loss = torch.compile(criterion, dynamic=True) if compiled else criterion
 
         log(f"{experiment.arch} on {device}, from epoch {run.epoch}, step {run.step} on: "
             f"{plural(len(images), 'image')}; a step is "
@@ -339,7 +333,7 @@ def run_experiment(
             f"{plural(micro_batch, 'image')}")
         while run.epoch < experiment.epochs:
             for record in train_epoch(
-                    experiment, run, *bodies, teacher.transform, loader, criterion, amp, log_every,
+                    experiment, run, *bodies, teacher.transform, loader, loss, amp, log_every,
                     save_every):
                 log(describe_step(record))
                 folder.record(record)
@@ -352,6 +346,20 @@ def run_experiment(
             report_epoch(run, metrics, folder, config, evaluate.published_ap(student, config, val))
             run.start_next_epoch()
         return test(student, predictor, teacher, val, config, device, workers, folder)
+
+
+def make_layer1(experiment: Experiment, bottleneck: models.MakeBottleneck | None) -> nn.Module:
+    """Return the student's layer1, made after the experiment's seed was set.
+
+    Raises InputError if the experiment asks for channels that the given bottleneck does not have.
+    """
+    torch.manual_seed(experiment.seed)
+    layer1 = models.make_bottleneck(bottleneck, experiment.bottleneck_channels)
+    channels = models.check_bottleneck(layer1)
+    if experiment.bottleneck_channels not in (Experiment.bottleneck_channels, channels):
+        raise InputError(f"--bottleneck-channels {experiment.bottleneck_channels}: the bottleneck "
+                         f"that was given sends {channels}", on_all_processes=True)
+    return layer1
 
 
 def describe_start(
