@@ -216,8 +216,9 @@ def print_table(teacher, students):
         for bits, sent, aps in rates(students, row):
             line(f"{row}, {bits} bit{'s' * (bits > 1)} a value", spread(aps), sent)
     for jpeg in teacher["jpeg"]:
-        line(f"teacher, JPEG of quality {jpeg['quality']}", f"{jpeg['metrics']['bbox'][0]:.3f}",
-             jpeg["payload_bytes"])
+        resized = "resized, " * jpeg["is_resized"]
+        line(f"teacher, {resized}JPEG of quality {jpeg['quality']}",
+             f"{jpeg['metrics']['bbox']['AP']:.3f}", jpeg["payload_bytes"])
 
 
 def draw_curve(teacher, students, path):
@@ -235,9 +236,11 @@ def draw_curve(teacher, students, path):
         for bits, sent, aps in found if row == THIS_CODE else ():
             axes.annotate(f"{bits} bit" + "s" * (bits > 1), (sent, np.mean(aps)), xytext=(6, -12),
                           textcoords="offset points", fontsize=8)
-    axes.plot([jpeg["payload_bytes"] for jpeg in teacher["jpeg"]],
-              [jpeg["metrics"]["bbox"]["AP"] for jpeg in teacher["jpeg"]],
-              "k--s", label="teacher on JPEG files")
+    for is_resized, style, label in (
+            (False, "k--s", "teacher on JPEG files"), (True, "k:d", "teacher on resized JPEG files")):
+        found = [jpeg for jpeg in teacher["jpeg"] if jpeg["is_resized"] == is_resized]
+        axes.plot([jpeg["payload_bytes"] for jpeg in found],
+                  [jpeg["metrics"]["bbox"]["AP"] for jpeg in found], style, label=label)
     axes.axhline(teacher["AP"], color="grey", linewidth=1, label="teacher on the images")
     axes.set(xscale="log", xlabel="bytes an image", ylabel="box AP", ylim=(0, 1))
     axes.legend(fontsize=8)
