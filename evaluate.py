@@ -497,6 +497,7 @@ def main(bottleneck: models.MakeBottleneck | None = None) -> None:
         models.load_student, args.ckpt, args.min_size, args.max_size, bottleneck)
     log(f"{args.ckpt}: {config['arch']} at {config['min_size']}/{config['max_size']} pixels, on "
         f"{plural(distributed.world_size(), 'process', 'processes')} x {device.type}")
+    # As train.py names it. When this file is the script, name_of(whole) is "__main__.whole".
     if config.get("predictor", "evaluate.whole") != "evaluate.whole":
         log(f"It was validated with {config['predictor']}, and is evaluated with evaluate.whole.")
     models.to_device(student, device)
