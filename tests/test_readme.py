@@ -17,7 +17,7 @@ import models
 import train
 
 BLOCKS = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-PLOT, SPLIT, STRIDED, WITH_L1, QUANTIZED = BLOCKS
+PLOT, PRECISION, SPLIT, STRIDED, WITH_L1, QUANTIZED = BLOCKS
 SERVER, DEVICE, EXPORT = re.findall(
     r"```python\n(.+?)```", (ROOT / "tests" / "README.md").read_text(), re.DOTALL)
 BEST = BEST.format("fasterrcnn")
@@ -61,6 +61,24 @@ def test_the_plot(place, monkeypatch):
     (place / "coco" / "maskrcnn" / "metrics.jsonl").write_text(text)
     exec(PLOT, {})
     assert (place / "loss.png").stat().st_size > 5000
+
+
+def test_ap_of_each_category(place, teachers, dataset, capsys, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    shutil.copy(dataset / "annotations" / "instances_val2017.json", place)
+    # A trained student would take minutes, so these are the annotations, those of boxes moved.
+    content = json.loads((place / "instances_val2017.json").read_text())
+    detections = []
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        moved = width / 5 * (annotation["category_id"] == 1)
+        detections.append({"image_id": annotation["image_id"], "bbox": [x + moved, y, width, height],
+                           "category_id": annotation["category_id"], "score": 0.9})
+    evaluate.save_detections(detections, ["bbox"], place / "detections.json")
+    exec(PRECISION, {})
+    out = capsys.readouterr().out
+    assert "box AP 0.400, AP50 1.000\nellipse AP 1.000, AP50 1.000\n" in out
+    assert (place / "precision_recall.png").stat().st_size > 5000
 
 
 def test_head_and_tail(place):
