@@ -122,23 +122,29 @@ def train_teacher(
     max_size: int = 224,
     seed: int = 0,
     report: Callable[[str], None] = print,
+    proposals: int = 100,
+    rois: int = 32,
+    upside_down: bool = False,
 ) -> nn.Module:
     """Train a whole detector from random weights with torchvision's own losses, and return it.
 
     steps: of 4 images each. Adam and one cycle of the learning rate, lr at most.
+    proposals, rois: of an image, from the RPN and of them for the RoI heads. torchvision has 2,000
+        and 512; for a handful of objects fewer are enough, and faster.
+    upside_down: flip half of the images that way too, where it is as likely as the right way.
     """
     masks = arch == "maskrcnn"
     annotation_file, folder = data.split_paths(data_dir, "train2017")
-    content = data.read_annotations(annotation_file, classes=2**16, masks=masks)
-    classes = max(category["id"] for category in content["categories"]) + 1
+    categories = json.loads(annotation_file.read_text())["categories"]
+    classes = max(category["id"] for category in categories) + 1
+    content = data.read_annotations(annotation_file, classes, masks)
     coco = evaluate.make_coco(content)
     images = data.image_infos(content)
 
     torch.manual_seed(seed)
-    # Fewer proposals than torchvision's 2,000 are enough for a handful of objects, and faster.
     detector = models.build_detector(
         arch, min_size, max_size, classes,
-        box_batch_size_per_image=32, rpn_post_nms_top_n_train=100)
+        box_batch_size_per_image=rois, rpn_post_nms_top_n_train=proposals)
     initialize(detector)
     calibrate(detector, [data.read_image(folder / info.file_name) / 255 for info in images[:8]])
     detector.requires_grad_(True)
@@ -149,7 +155,10 @@ def train_teacher(
     rng = np.random.default_rng(seed)
     for step in range(1, steps + 1):
         chosen = [images[i] for i in rng.choice(len(images), 4, replace=False)]
-        batch = [load_example(coco, folder, info, rng.random() < 0.5, masks) for info in chosen]
+        batch = []
+        for info in chosen:
+            flips = (rng.random() < 0.5, upside_down and rng.random() < 0.5)
+            batch.append(load_example(coco, folder, info, flips, masks))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = detector([image for image, _ in batch], [target for _, target in batch])
         loss = sum(losses.values())
@@ -164,24 +173,29 @@ def train_teacher(
 
 
 def load_example(
-    coco: COCO, folder: Path, info: data.ImageInfo, flip: bool, with_masks: bool
+    coco: COCO, folder: Path, info: data.ImageInfo, flips: tuple[bool, bool], with_masks: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return an image (3, h, w) in [0, 1], and what torchvision's detectors are trained with."""
+    """Return an image (3, h, w) in [0, 1], and what torchvision's detectors are trained with.
+
+    flips: whether the image is flipped left-right, and upside down.
+    """
     image = data.read_image(folder / info.file_name) / 255
     annotations = coco.imgToAnns[info.id]
-    boxes = torch.tensor([a["bbox"] for a in annotations]).reshape(-1, 4)
+    boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # x0 y0 x1 y1
-    if flip:
-        image = image.flip(-1)
+    left_right, upside_down = flips
+    if left_right:
         boxes[:, [0, 2]] = info.width - boxes[:, [2, 0]]
+    if upside_down:
+        boxes[:, [1, 3]] = info.height - boxes[:, [3, 1]]
+    axes = [axis for axis, is_flipped in ((-1, left_right), (-2, upside_down)) if is_flipped]
+    image = image.flip(axes)
     labels = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
     target = {"boxes": boxes, "labels": labels}
     if with_masks:
         masks = [torch.from_numpy(coco.annToMask(a)) for a in annotations]
         masks = torch.stack(masks) if masks else torch.zeros(0, info.height, info.width)
-        if flip:
-            masks = masks.flip(-1)
-        target["masks"] = masks.to(torch.uint8)
+        target["masks"] = masks.flip(axes).to(torch.uint8)
     return image, target
 
 

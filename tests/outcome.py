@@ -1,27 +1,31 @@
-"""Results of our own: students trained by this code and by torchdistill 1.1.5, side by side.
+"""Results of our own: a teacher, students of this code and of torchdistill 1.1.5, and JPEG files.
 
-    python tests/outcome.py [--quick] [--folder DIR]
+    python tests/outcome.py --data-dir DIR --folder RESULTS [...]
 
-By hand, under an hour on two cores (--quick: a few minutes, to see that it runs). It draws the hard
-data set, trains a teacher, and then students over several seeds: by train.py and by torchdistill's
-distillation box, with GHND's loss and with HND's, with fewer and more channels. All are evaluated by
-evaluate.py, whole, through fewer and fewer bits, and beside the teacher on JPEG files.
+By hand. On a data set in COCO's layout, or on a drawn one, it trains a teacher for boxes, and then
+students of some seeds: by train.py, by torchdistill's distillation box, and with other numbers of
+channels. All are evaluated as they are after the last epoch, whole and through fewer and fewer bits,
+and beside the teacher on JPEG files.
 
 Both sides start from the same layer1 and get the same batches of 4 images, in the same number of
 steps, with the same learning rates. They differ in how they compute: torchdistill does not fold
 FrozenBatchNorm2d, has another memory layout, and runs the transform once for each detector. Float32
 training magnifies such roundings until the weights differ, so only scores can be compared.
 
-What is finished is kept in DIR: the same command goes on from there.
+What is finished is kept in RESULTS: the same command goes on from there, also with more seeds.
 """
 
 import argparse
 import json
+import re
 import shutil
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -37,247 +41,299 @@ from torchdistill.core.distillation import get_distillation_box
 import data
 import distributed
 import evaluate
+import losses
 import models
 import train
 
 CPU = torch.device("cpu")
-THIS_CODE, TORCHDISTILL, HND = "GHND, this code", "GHND, torchdistill", "HND, this code"
+WHOLE = 32  # bits: nothing is lost
+QUALITIES = (75, 50, 30, 10, 3)  # of JPEG files
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much is trained and evaluated."""
+class Row:
+    """Students that differ in their seeds alone: how they are trained and evaluated.
 
-    train_images: int = 256
-    val_images: int = 48
-    teacher_steps: int = 600
-    epochs: int = 3
-    seeds: tuple[int, ...] = (0, 1, 2)
-    other_channels: tuple[int, ...] = (1, 6, 12)  # besides 3
-    bits: tuple[int, ...] = (8, 6, 4, 3, 2, 1)
-    other_bits: tuple[int, ...] = (8, 4, 2)       # of the students with other channels
-    qualities: tuple[int, ...] = (50, 10, 5, 1)
+    bits: with how many bits a value they are evaluated. WHOLE is the student as it is.
+    curve: the name of the curve that shows the other bits; rows can share one.
+    bottleneck, criterion: of train.run_experiment.
+    limit_val: images to validate with after each epoch; nothing is chosen by that.
+    """
 
-
-QUICK = Plan(train_images=128, val_images=12, teacher_steps=150, epochs=2, seeds=(0, 1),
-             other_channels=(6,), bits=(8, 4), other_bits=(4,), qualities=(10,))
-
-
-def list_students(plan):
-    """Return (row of the table, experiment) of every student, in the order of training."""
-    base = replace(
-        train.FASTERRCNN, epochs=plan.epochs, lr_drops=(plan.epochs - 1,), images_per_step=4,
-        min_size=128, max_size=224)
-    rows = {
-        THIS_CODE: base,
-        TORCHDISTILL: base,
-        HND: replace(base, layer_weights=(1, 0, 0, 0)),
-    }
-    students = [(row, replace(experiment, seed=seed))
-                for seed in plan.seeds for row, experiment in rows.items()]
-    for channels in plan.other_channels:
-        row = f"GHND, this code, {channels} channel{'s' * (channels > 1)}"
-        experiment = replace(base, bottleneck_channels=channels)
-        students += [(row, replace(experiment, seed=seed)) for seed in plan.seeds]
-    return students
+    name: str
+    experiment: train.Experiment
+    bits: tuple[int, ...] = (WHOLE,)
+    curve: str = ""
+    bottleneck: models.MakeBottleneck | None = None
+    criterion: Callable[..., Any] = losses.ghnd_loss
+    limit_val: int | None = 1
+    by_torchdistill: bool = False
 
 
-# ---- training ------------------------------------------------------------------------------------
+class Study:
+    """A data set, a teacher for it, and its students. What is finished is kept in a folder."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.data_dir = args.data_dir or args.folder / "data"
+        self.teacher_file = args.folder / "teacher.pt"
+        self.results_file = args.folder / "results.json"
+        self.base = replace(
+            train.FASTERRCNN, epochs=args.epochs, lr_drops=(args.epochs - 1,), images_per_step=4,
+            min_size=args.min_size, max_size=args.max_size)
 
-def make_teacher(plan, data_dir, teacher_file):
-    """Draw the data set and train its teacher, unless they are there."""
-    if teacher_file.exists():
-        return
-    shutil.rmtree(data_dir, ignore_errors=True)
-    drawn.write_dataset(data_dir, plan.train_images, plan.val_images, hard=True)
-    teacher = drawn.train_teacher(
-        "fasterrcnn", data_dir, plan.teacher_steps, min_size=128, max_size=224,
-        report=distributed.log)
-    models.save_checkpoint(teacher.state_dict(), teacher_file)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        self.results = {}
+        if self.results_file.exists():
+            self.results = json.loads(self.results_file.read_text())
+        settings = {name: getattr(args, name)
+                    for name in ("min_size", "max_size", "teacher_steps", "epochs")}
+        if self.once("settings", lambda: settings) != settings:
+            sys.exit(f"{self.results_file} has other settings; give another --folder")
+        self.once("machine", partial(describe_machine, CPU))
 
+    def once(self, name: str, function: Callable[[], Any]) -> Any:
+        """Return a function's result, as kept under a name if it is there; else keep it there."""
+        if name not in self.results:
+            begin = time.perf_counter()
+            result = function()
+            minutes = (time.perf_counter() - begin) / 60
+            self.results[name] = {"result": result, "minutes": minutes}
+            self.results_file.write_text(json.dumps(self.results, indent=1) + "\n")
+        return self.results[name]["result"]
 
-def train_here(experiment, data_dir, teacher_file, output_dir):
-    """Train a student by this code; return the checkpoint after the last epoch."""
-    # One image is enough to validate with: the last epoch counts, as with torchdistill, and not
-    # the best one. All images are evaluated afterwards.
-    train.run_experiment(
-        experiment, data_dir=data_dir, output_dir=output_dir, teacher_ckpt=teacher_file,
-        resume=True, device="cpu", workers=0, limit_val=1, log_every=20)
-    return train.RunFolder(output_dir, experiment.arch).last
+    def count_batches(self) -> int:
+        """Return the number of batches that a student is trained on."""
+        images, folder = data.load_train_split(self.data_dir, self.base.max_size, None)
+        loader = data.train_loader(
+            images, folder, self.base.images_per_step, seed=0, workers=0, device=CPU)
+        return len(loader) * self.base.epochs
 
+    # ---- training --------------------------------------------------------------------------------
 
-def train_by_torchdistill(experiment, data_dir, teacher_file, output_dir):
-    """Train a student by torchdistill's distillation box; return the checkpoint."""
-    config = box_config()
-    config["num_epochs"] = experiment.epochs
-    config["optimizer"]["kwargs"]["lr"] = experiment.lr
-    config["scheduler"]["kwargs"] = {
-        "milestones": list(experiment.lr_drops), "gamma": experiment.lr_drop_factor}
+    def train_teacher(self) -> None:
+        if self.teacher_file.exists():
+            return
+        if self.args.data_dir is None:
+            shutil.rmtree(self.data_dir, ignore_errors=True)
+            drawn.write_dataset(self.data_dir, train=256, val=48, hard=True)
+        teacher = drawn.train_teacher(
+            "fasterrcnn", self.data_dir, self.args.teacher_steps, min_size=self.args.min_size,
+            max_size=self.args.max_size, proposals=200, rois=66,
+            upside_down=self.args.upside_down, report=distributed.log)
+        models.save_checkpoint(teacher.state_dict(), self.teacher_file)
 
-    teacher = models.load_teacher(
-        experiment.arch, teacher_file, experiment.min_size, experiment.max_size)
-    torch.manual_seed(experiment.seed)
-    student = models.build_student(teacher, models.Bottleneck(experiment.bottleneck_channels))
-    box = get_distillation_box(teacher, student, {}, config, CPU, None, False, 1.0)
+    def train_here(self, row: Row, experiment: train.Experiment, output_dir: Path) -> Path:
+        """Train a student by this code; return the checkpoint after the last epoch."""
+        train.run_experiment(
+            experiment, data_dir=self.data_dir, output_dir=output_dir,
+            teacher_ckpt=self.teacher_file, resume=True, device="cpu", workers=0,
+            limit_val=row.limit_val, log_every=20, bottleneck=row.bottleneck,
+            criterion=row.criterion)
+        return train.RunFolder(output_dir, experiment.arch).last
 
-    images, folder = data.load_train_split(data_dir, experiment.max_size, None)
-    loader = data.train_loader(
-        images, folder, experiment.images_per_step, experiment.seed, workers=0, device=CPU)
-    for epoch in range(experiment.epochs):
-        loader.batch_sampler.epoch = epoch
-        box.pre_epoch_process(epoch=epoch)
-        for step, batch in enumerate(loader, start=1):
-            loss = box.forward_process([image / 255 for image in batch], None, None)
-            box.post_forward_process(loss=loss)
-            if step % 20 == 0:
-                distributed.log(f"torchdistill: epoch {epoch} step {step} loss {loss.item():.4e}")
-        box.post_epoch_process()
+    def train_by_torchdistill(self, experiment: train.Experiment, output_dir: Path) -> Path:
+        """Train a student by torchdistill's distillation box; return the checkpoint."""
+        config = box_config()
+        config["num_epochs"] = experiment.epochs
+        config["optimizer"]["kwargs"]["lr"] = experiment.lr
+        config["scheduler"]["kwargs"] = {
+            "milestones": list(experiment.lr_drops), "gamma": experiment.lr_drop_factor}
 
-    checkpoint = output_dir / "torchdistill.pt"
-    output_dir.mkdir(parents=True, exist_ok=True)
-    models.save_checkpoint({"model": student.state_dict()}, checkpoint)
-    return checkpoint
+        teacher = models.load_teacher(
+            experiment.arch, self.teacher_file, experiment.min_size, experiment.max_size)
+        torch.manual_seed(experiment.seed)
+        student = models.build_student(teacher, models.Bottleneck(experiment.bottleneck_channels))
+        box = get_distillation_box(teacher, student, {}, config, CPU, None, False, 1.0)
 
+        images, folder = data.load_train_split(self.data_dir, experiment.max_size, None)
+        loader = data.train_loader(
+            images, folder, experiment.images_per_step, experiment.seed, workers=0, device=CPU)
+        for epoch in range(experiment.epochs):
+            loader.batch_sampler.epoch = epoch
+            box.pre_epoch_process(epoch=epoch)
+            for step, batch in enumerate(loader, start=1):
+                loss = box.forward_process([image / 255 for image in batch], None, None)
+                box.post_forward_process(loss=loss)
+                if step % 20 == 0:
+                    distributed.log(f"torchdistill: epoch {epoch} step {step}/{len(loader)} "
+                                    f"loss {loss.item():.4e}")
+            box.post_epoch_process()
 
-# ---- evaluation ----------------------------------------------------------------------------------
+        checkpoint = output_dir / "torchdistill.pt"
+        output_dir.mkdir(parents=True, exist_ok=True)
+        models.save_checkpoint({"model": student.state_dict()}, checkpoint)
+        return checkpoint
 
+    # ---- evaluation ------------------------------------------------------------------------------
 
-def evaluate_teacher(plan, data_dir, teacher_file):
-    """Return the teacher's box AP, on the images and on JPEG files, and the files' mean bytes."""
-    teacher = models.to_device(models.load_teacher("fasterrcnn", teacher_file, 128, 224), CPU)
-    val = evaluate.ValSet(data_dir, teacher)
-    metrics, _ = evaluate.evaluate(evaluate.whole(teacher), val, CPU)
-    jpeg = [evaluate.measure_jpeg(teacher, quality, is_resized, val, CPU, 0)
-            for is_resized in (False, True) for quality in plan.qualities]
-    return {"AP": metrics["bbox"]["AP"], "file_bytes": evaluate.mean_file_bytes(val), "jpeg": jpeg}
+    def teacher(self) -> dict[str, Any]:
+        """Return the teacher's box AP, on the images and on JPEG files, and all files' bytes."""
+        self.once("teacher's training", self.train_teacher)
+        return self.once("teacher", self.evaluate_teacher)
 
+    def evaluate_teacher(self) -> dict[str, Any]:
+        teacher = models.to_device(models.load_teacher(
+            "fasterrcnn", self.teacher_file, self.args.min_size, self.args.max_size), CPU)
+        val = evaluate.ValSet(self.data_dir, teacher)
+        metrics, _ = evaluate.evaluate(evaluate.whole(teacher), val, CPU)
+        jpeg = []
+        for is_resized in (False, True):
+            for quality in QUALITIES:
+                found = evaluate.measure_jpeg(teacher, quality, is_resized, val, CPU, workers=0)
+                jpeg.append({"quality": quality, "is_resized": is_resized,
+                             "bytes": found["payload_bytes"], "AP": found["metrics"]["bbox"]["AP"]})
+        return {"metrics": metrics["bbox"], "AP": metrics["bbox"]["AP"],
+                "file_bytes": evaluate.mean_file_bytes(val), "jpeg": jpeg}
 
-def make_student(plan, row, experiment, data_dir, teacher_file, folder):
-    """Train and evaluate a student; return its box AP, and rates where the plan has them."""
-    train_student = train_by_torchdistill if row == TORCHDISTILL else train_here
-    output_dir = folder / f"{row.replace(', ', '-').replace(' ', '-')}-{experiment.seed}"
-    checkpoint = train_student(experiment, data_dir, teacher_file, output_dir)
+    def students(self, row: Row, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """Return, of each seed's student, its "rates", and its AP after the "epochs" validated."""
+        found = []
+        for seed in seeds:
+            name = f"{row.name}, seed {seed}"
+            found.append(self.once(name, partial(self.make_student, row, seed)))
+            rates = " ".join(f"{rate['bits']}: {rate['AP']:.3f}" for rate in found[-1]["rates"])
+            distributed.log(f"{name}: box AP by bits {rates}")
+        return found
 
-    student, _ = models.load_student(checkpoint, experiment.min_size, experiment.max_size)
-    models.to_device(student, CPU)
-    val = evaluate.ValSet(data_dir, student)
-    metrics, _ = evaluate.evaluate(evaluate.whole(student), val, CPU)
-    bits = ()
-    if row == THIS_CODE:
-        bits = plan.bits
-    elif row not in (TORCHDISTILL, HND):
-        bits = plan.other_bits
-    rate = [evaluate.measure_split(student, b, val, CPU, 0) for b in bits]
-    shutil.rmtree(output_dir)  # 200 MB and more
-    return {"row": row, "AP": metrics["bbox"]["AP"], "rate": rate, "experiment": asdict(experiment)}
+    def make_student(self, row: Row, seed: int) -> dict[str, Any]:
+        experiment = replace(row.experiment, seed=seed)
+        output_dir = self.args.folder / f"{re.sub(r'[^0-9A-Za-z]+', '-', row.name)}-{seed}"
+        if row.by_torchdistill:
+            checkpoint = self.train_by_torchdistill(experiment, output_dir)
+        else:
+            checkpoint = self.train_here(row, experiment, output_dir)
 
-
-def once(results, file, name, function):
-    """Return a function's result, from the results in a file if it is there; else keep it there."""
-    if name not in results:
-        results[name] = function()
-        file.write_text(json.dumps(results, indent=1) + "\n")
-    return results[name]
+        student, _ = models.load_student(
+            checkpoint, experiment.min_size, experiment.max_size,
+            row.bottleneck or models.Bottleneck(experiment.bottleneck_channels))
+        models.to_device(student, CPU)
+        val = evaluate.ValSet(self.data_dir, student)
+        rates = []
+        for bits in row.bits:
+            found = evaluate.measure_split(student, bits, val, CPU, workers=0)
+            rates.append({"bits": bits, "bytes": found["payload_bytes"],
+                          "AP": found["metrics"]["bbox"]["AP"]})
+        epochs = []
+        if row.limit_val is None:
+            lines = train.RunFolder(output_dir, experiment.arch).metrics.read_text().splitlines()
+            epochs = [line["metrics"]["bbox"]["AP"] for line in map(json.loads, lines)
+                      if line["kind"] == "epoch"]
+        shutil.rmtree(output_dir)  # 200 MB and more
+        return {"rates": rates, "epochs": epochs, "experiment": asdict(experiment)}
 
 
 # ---- the table and the curve ---------------------------------------------------------------------
 
 
-def spread(values):
-    """Return "mean ± deviation" of some AP."""
+def spread(values: Sequence[float]) -> str:
+    """Return "mean ± standard deviation"."""
     text = f"{np.mean(values):.3f}"
     return f"{text} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else text
 
 
-def rates(students, row):
-    """Return [(bits, mean bytes, list of AP)] of a row's students, as far as they have rates."""
-    by_bits = {}
-    for student in students:
-        for rate in student["rate"] if student["row"] == row else ():
-            by_bits.setdefault(rate["bits"], []).append(rate)
-    return [(bits, float(np.mean([rate["payload_bytes"] for rate in found])),
-             [rate["metrics"]["bbox"]["AP"] for rate in found]) for bits, found in by_bits.items()]
+def mean_rates(students: Sequence[dict[str, Any]]) -> list[tuple[int, float, list[float]]]:
+    """Return (bits, mean bytes, each student's AP) of the rates of a row's students."""
+    return [(rates[0]["bits"], float(np.mean([rate["bytes"] for rate in rates])),
+             [rate["AP"] for rate in rates])
+            for rates in zip(*(student["rates"] for student in students))]
 
 
-def print_table(teacher, students):
-    """Print, as Markdown, the AP of every row and of every rate."""
-    def line(name, ap, sent, each=""):
+def print_table(study: Study, rows: dict[Row, list[dict[str, Any]]]) -> None:
+    """Print, as Markdown, the AP of the teacher, of every row, of every rate, and of JPEG files."""
+    teacher = study.teacher()
+
+    def line(name: str, ap: str, sent: float | None = None, each: Sequence[float] = ()) -> None:
         share = f"{sent:,.0f} ({sent / teacher['file_bytes']:.0%})" if sent else ""
-        print(f"| {name} | {ap} | {share} | {each} |")
+        print(f"| {name} | {ap} | {share} | {' '.join(f'{value:.3f}' for value in each)} |")
 
     print("\n| what detects | box AP | bytes an image | each seed |\n| --- | --- | --- | --- |")
     line("teacher", f"{teacher['AP']:.3f}", teacher["file_bytes"])
-    rows = list(dict.fromkeys(student["row"] for student in students))
-    for row in rows:
-        aps = [student["AP"] for student in students if student["row"] == row]
-        line(row, spread(aps), None, " ".join(f"{ap:.3f}" for ap in aps))
-    for row in rows:
-        for bits, sent, aps in rates(students, row):
-            line(f"{row}, {bits} bit{'s' * (bits > 1)} a value", spread(aps), sent)
+    for row, students in rows.items():
+        for bits, sent, aps in mean_rates(students):
+            what = "whole" if bits == WHOLE else f"{distributed.plural(bits, 'bit')} a value"
+            line(f"{row.name}, {what}", spread(aps), None if bits == WHOLE else sent, aps)
     for jpeg in teacher["jpeg"]:
         resized = "resized, " * jpeg["is_resized"]
-        line(f"teacher, {resized}JPEG of quality {jpeg['quality']}",
-             f"{jpeg['metrics']['bbox']['AP']:.3f}", jpeg["payload_bytes"])
+        line(f"teacher, {resized}JPEG of quality {jpeg['quality']}", f"{jpeg['AP']:.3f}",
+             jpeg["bytes"])
+    minutes = sum(entry["minutes"] for entry in study.results.values())
+    print(f"\n{study.results['machine']['result']}\n{minutes:.0f} minutes of computing")
 
 
-def draw_curve(teacher, students, path):
-    """Draw box AP over bytes an image: students, and the teacher on JPEG files."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for row in dict.fromkeys(student["row"] for student in students):
-        found = rates(students, row)
-        if not found:
-            continue
-        label = "student, 3 channels" if row == THIS_CODE else f"student, {row.split(', ')[-1]}"
+def draw_curves(study: Study, rows: dict[Row, list[dict[str, Any]]], path: Path) -> None:
+    """Draw box AP over bytes an image: the rows' curves, and the teacher on JPEG files."""
+    teacher = study.teacher()
+    figure, axes = plt.subplots(figsize=(8, 5))
+    curves = {}
+    for row, students in rows.items():
+        if row.curve:
+            points = [point for point in mean_rates(students) if point[0] != WHOLE]
+            curves.setdefault(row.curve, []).extend(points)
+    for number, (curve, points) in enumerate(curves.items()):
+        points = sorted(points, key=lambda point: point[1])
         axes.errorbar(
-            [sent for _, sent, _ in found], [np.mean(aps) for _, _, aps in found],
-            yerr=[np.std(aps, ddof=1) if len(aps) > 1 else 0 for _, _, aps in found],
-            marker="o", capsize=3, linewidth=2.5 if row == THIS_CODE else 1, label=label)
-        for bits, sent, aps in found if row == THIS_CODE else ():
-            axes.annotate(f"{bits} bit" + "s" * (bits > 1), (sent, np.mean(aps)), xytext=(6, -12),
+            [sent for _, sent, _ in points], [np.mean(aps) for _, _, aps in points],
+            yerr=[np.std(aps, ddof=1) if len(aps) > 1 else 0 for _, _, aps in points],
+            marker="o^vDPX<>"[number % 8], capsize=3, linewidth=1 if number else 2.5, label=curve)
+        for bits, sent, aps in points if number == 0 else ():
+            axes.annotate(distributed.plural(bits, "bit"), (sent, np.mean(aps)), xytext=(6, -12),
                           textcoords="offset points", fontsize=8)
     for is_resized, style, label in (
-            (False, "k--s", "teacher on JPEG files"), (True, "k:d", "teacher on resized JPEG files")):
-        found = [jpeg for jpeg in teacher["jpeg"] if jpeg["is_resized"] == is_resized]
-        axes.plot([jpeg["payload_bytes"] for jpeg in found],
-                  [jpeg["metrics"]["bbox"]["AP"] for jpeg in found], style, label=label)
-    axes.axhline(teacher["AP"], color="grey", linewidth=1, label="teacher on the images")
-    axes.set(xscale="log", xlabel="bytes an image", ylabel="box AP", ylim=(0, 1))
+            (False, "k--s", "teacher, JPEG"), (True, "k:d", "teacher, JPEG of the resized photo")):
+        points = [jpeg for jpeg in teacher["jpeg"] if jpeg["is_resized"] == is_resized]
+        axes.plot([jpeg["bytes"] for jpeg in points], [jpeg["AP"] for jpeg in points], style,
+                  label=label)
+    axes.axhline(teacher["AP"], color="grey", linewidth=1, label="teacher, the files as they are")
+    axes.set(xscale="log", xlabel="bytes an image", ylabel="box AP", ylim=(0, None))
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Train students by this code and torchdistill.")
-    parser.add_argument("--quick", action="store_true", help="a few minutes, to see that it runs")
-    parser.add_argument(
-        "--folder", type=Path,
-        help="where everything goes, and from where it goes on (outcome, or outcome-quick)")
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags of a Study."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="in COCO's layout; else images are drawn")
+    parser.add_argument("--folder", type=Path, default="outcome", help="where results are kept")
+    parser.add_argument("--min-size", type=int, default=128, help="pixels of the shorter side")
+    parser.add_argument("--max-size", type=int, default=224, help="pixels of the longer side")
+    parser.add_argument("--teacher-steps", type=int, default=600, help="of 4 images each")
+    parser.add_argument("--upside-down", action="store_true",
+                        help="train the teacher on images that are flipped that way, too")
+    parser.add_argument("--epochs", type=int, default=3, help="of a student")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students")
+    return parser
+
+
+def list_rows(base: train.Experiment, channels: Sequence[int]) -> list[Row]:
+    rows = [plain_row(base), Row("GHND, torchdistill", base, by_torchdistill=True)]
+    for number in channels:
+        name = distributed.plural(number, "channel")
+        experiment = replace(base, bottleneck_channels=number)
+        rows.append(Row(
+            f"GHND, this code, {name}", experiment, (WHOLE, 8, 4, 2), f"student, {name}"))
+    return rows
+
+
+def plain_row(base: train.Experiment) -> Row:
+    return Row("GHND, this code", base, (WHOLE, 8, 4, 3, 2, 1), "student, 3 channels")
+
+
+def main() -> None:
+    parser = make_parser("Train students by this code and torchdistill.")
+    parser.add_argument("--channels", type=int, nargs="*", default=[1, 6, 12],
+                        help="of further students")
     args = parser.parse_args()
-    plan = QUICK if args.quick else Plan()
-    folder = args.folder or Path("outcome-quick" if args.quick else "outcome")
-    folder.mkdir(parents=True, exist_ok=True)
-    data_dir, teacher_file, file = folder / "data", folder / "teacher.pt", folder / "results.json"
-
-    results = json.loads(file.read_text()) if file.exists() else {}
-    settings = json.loads(json.dumps(asdict(plan)))
-    if once(results, file, "plan", lambda: settings) != settings:
-        sys.exit(f"{file} is of another plan; remove {folder}, or give another --folder")
-    once(results, file, "machine", partial(describe_machine, CPU))
-
-    make_teacher(plan, data_dir, teacher_file)
-    teacher = once(results, file, "teacher", partial(evaluate_teacher, plan, data_dir, teacher_file))
-    distributed.log(f"teacher: box AP {teacher['AP']:.3f}")
-    students = []
-    for row, experiment in list_students(plan):
-        name = f"{row}, seed {experiment.seed}"
-        students.append(once(results, file, name, partial(
-            make_student, plan, row, experiment, data_dir, teacher_file, folder)))
-        distributed.log(f"{name}: box AP {students[-1]['AP']:.3f}")
-    print_table(teacher, students)
-    draw_curve(teacher, students, folder / "curve.jpg")
-    print(f"\n{file}, {folder / 'curve.jpg'}")
+    study = Study(args)
+    distributed.log(f"teacher: box AP {study.teacher()['AP']:.3f}")
+    rows = {row: study.students(row, args.seeds) for row in list_rows(study.base, args.channels)}
+    print_table(study, rows)
+    draw_curves(study, rows, args.folder / "curve.jpg")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, edit_json, encode, same
+from drawn import load_example
+from from_voc import convert
 from PIL import Image
 from pycocotools import mask as coco_mask
 from test_evaluate import plain_metrics
@@ -509,3 +511,45 @@ def test_a_small_shared_memory_is_noticed_at_the_start(monkeypatch):
         data.check_shared_memory(images, 4, workers=4)
     data.check_shared_memory(images, 4, workers=0)
     data.check_shared_memory(images, 1, workers=4)
+
+
+VOC = """<annotation><size><width>64</width><height>48</height></size>
+<object><name>wolf</name><difficult>1</difficult>
+<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>64</xmax><ymax>48</ymax></bndbox></object>
+<object><name>bear</name><bndbox><xmin>11</xmin><ymin>21</ymin><xmax>30</xmax><ymax>21</ymax></bndbox>
+</object></annotation>"""
+
+
+def test_a_data_set_in_vocs_layout_is_converted(tmp_path):
+    voc_dir = tmp_path / "voc"
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (voc_dir / folder).mkdir(parents=True)
+    for name, split in (("a", "trainval"), ("b", "test")):
+        (voc_dir / "Annotations" / f"{name}.xml").write_text(VOC)
+        (voc_dir / "ImageSets" / "Main" / f"{split}.txt").write_text(name + "\n")
+        Image.new("RGB", (64, 48)).save(voc_dir / "JPEGImages" / f"{name}.jpg")
+    convert(voc_dir, tmp_path / "coco")
+    images, _ = data.load_train_split(tmp_path / "coco", 64, None)
+    assert [(info.file_name, info.width, info.height) for info in images] == [("a.jpg", 64, 48)]
+    annotation_file, _ = data.split_paths(tmp_path / "coco", "val2017")
+    content = data.read_annotations(annotation_file, 3, masks=False)
+    assert content["categories"] == [{"id": 1, "name": "bear"}, {"id": 2, "name": "wolf"}]
+    assert [(a["category_id"], a["bbox"], a["area"], a["iscrowd"]) for a in content["annotations"]
+            ] == [(2, [0, 0, 64, 48], 3072, 1), (1, [10, 20, 20, 1], 20, 0)]
+
+
+@pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True), (True, True)])
+def test_what_a_teacher_is_trained_on_is_flipped_with_its_image(dataset, flips):
+    annotation_file, folder = data.split_paths(dataset, "train2017")
+    content = data.read_annotations(annotation_file, 3, masks=True)
+    coco = evaluate.make_coco(content)
+    for info in data.image_infos(content)[:4]:
+        image, target = load_example(coco, folder, info, (False, False), with_masks=True)
+        flipped, flipped_target = load_example(coco, folder, info, flips, with_masks=True)
+        axes = [axis for axis, is_flipped in zip((-1, -2), flips) if is_flipped]
+        assert torch.equal(flipped.flip(axes), image)
+        assert torch.equal(flipped_target["masks"].flip(axes), target["masks"])
+        for box, mask in zip(flipped_target["boxes"], flipped_target["masks"]):
+            rows, columns = mask.nonzero().T
+            around = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert (box - around).abs().max() <= 1
