@@ -70,14 +70,15 @@ class RateTerm:
     """A loss of squared errors and, times `weight`, the bits that the sent values would take.
 
     The bits are the entropy of each image's values among 2^RATE_BITS levels, where a value counts
-    for the two levels beside it, so that there is a gradient.
+    for the two levels beside it, so that there is a gradient. Training is quantization-aware:
+    otherwise it would learn to send one extreme value and all others in one level, at no cost.
     """
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
     def bottleneck(self) -> nn.Module:
-        bottleneck = models.Bottleneck()
+        bottleneck = quantized(RATE_BITS)()
         bottleneck.encoder.register_forward_hook(self.keep)
         return bottleneck
 
@@ -114,7 +115,7 @@ def strided_rows(base: train.Experiment, batches: int) -> list[Row]:
 
 
 def rate_rows(base: train.Experiment, batches: int) -> list[Row]:
-    """A rate term, with three lambdas."""
+    """Quantization-aware training with a rate term, for three lambdas."""
     terms = [RateTerm(weight) for weight in LAMBDAS]
     return [Row(f"rate term, lambda {term.weight:g}", base, (RATE_BITS,),
                 f"rate term, {distributed.plural(RATE_BITS, 'bit')}", term.bottleneck, term.loss)
