@@ -254,7 +254,8 @@ def measure_jpeg(
         if is_resized:
             picture = shrink(picture, teacher.transform)
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality)
+        # With Huffman tables of its own; the standard ones make small files up to twice as large.
+        picture.save(file, "JPEG", quality=quality, optimize=True)
         sizes.append(len(file.getvalue()))
         decoded = pil_to_tensor(Image.open(file)).to(image.device) / 255
         return enlarge(teacher([decoded])[0], decoded.shape[1:], full_size)

@@ -131,7 +131,7 @@ def train_teacher(
     steps: of 4 images each. Adam and one cycle of the learning rate, lr at most.
     proposals, rois: of an image, from the RPN and of them for the RoI heads. torchvision has 2,000
         and 512; for a handful of objects fewer are enough, and faster.
-    upside_down: flip half of the images that way too, where it is as likely as the right way.
+    upside_down: also flip half of the images that way, for photographs that have no upper side.
     """
     masks = arch == "maskrcnn"
     annotation_file, folder = data.split_paths(data_dir, "train2017")
@@ -180,14 +180,15 @@ def load_example(
     flips: whether the image is flipped left-right, and upside down.
     """
     image = data.read_image(folder / info.file_name) / 255
-    annotations = coco.imgToAnns[info.id]
+    annotations = [a for a in coco.imgToAnns[info.id]
+                   if not a["iscrowd"] and min(a["bbox"][2:]) > 0]
     boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # x0 y0 x1 y1
     left_right, upside_down = flips
     if left_right:
-        boxes[:, [0, 2]] = info.width - boxes[:, [2, 0]]
+        boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
     if upside_down:
-        boxes[:, [1, 3]] = info.height - boxes[:, [3, 1]]
+        boxes[:, [1, 3]] = image.shape[-2] - boxes[:, [3, 1]]
     axes = [axis for axis, is_flipped in ((-1, left_right), (-2, upside_down)) if is_flipped]
     image = image.flip(axes)
     labels = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)

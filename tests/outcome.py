@@ -4,8 +4,8 @@
 
 By hand. On a data set in COCO's layout, or on a drawn one, it trains a teacher for boxes, and then
 students of some seeds: by train.py, by torchdistill's distillation box, and with other numbers of
-channels. All are evaluated as they are after the last epoch, whole and through fewer and fewer bits,
-and beside the teacher on JPEG files.
+channels. All are evaluated after the last epoch, those of this code also through fewer bits, beside
+the teacher on JPEG files.
 
 Both sides start from the same layer1 and get the same batches of 4 images, in the same number of
 steps, with the same learning rates. They differ in how they compute: torchdistill does not fold
@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from benchmark import describe_machine
 from test_parity import box_config
+from torch import nn
 from torchdistill.core.distillation import get_distillation_box
 
 import data
@@ -50,23 +51,28 @@ WHOLE = 32  # bits: nothing is lost
 QUALITIES = (75, 50, 30, 10, 3)  # of JPEG files
 
 
+Rows = list[tuple["Row", list[dict[str, Any]]]]  # and what Study.students returns of each
+
+
 @dataclass(frozen=True)
 class Row:
     """Students that differ in their seeds alone: how they are trained and evaluated.
 
+    name: stands for all the rest, so that another experiment must have another name.
     bits: with how many bits a value they are evaluated. WHOLE is the student as it is.
     curve: the name of the curve that shows the other bits; rows can share one.
-    bottleneck, criterion: of train.run_experiment.
-    limit_val: images to validate with after each epoch; nothing is chosen by that.
+    bottleneck, criterion: of train.run_experiment; the bottleneck is made anew for each seed.
+    by_epoch: whether they are also evaluated after each epoch. Nothing is chosen by that.
+    by_torchdistill: whether its box trains them, with the loss and the bottleneck of the recipe.
     """
 
     name: str
     experiment: train.Experiment
     bits: tuple[int, ...] = (WHOLE,)
     curve: str = ""
-    bottleneck: models.MakeBottleneck | None = None
+    bottleneck: Callable[[], nn.Module] | None = None
     criterion: Callable[..., Any] = losses.ghnd_loss
-    limit_val: int | None = 1
+    by_epoch: bool = False
     by_torchdistill: bool = False
 
 
@@ -79,31 +85,38 @@ class Study:
         self.teacher_file = args.folder / "teacher.pt"
         self.results_file = args.folder / "results.json"
         self.base = replace(
-            train.FASTERRCNN, epochs=args.epochs, lr_drops=(args.epochs - 1,), images_per_step=4,
-            min_size=args.min_size, max_size=args.max_size)
+            train.FASTERRCNN, epochs=args.epochs, lr_drops=lr_drops(args.epochs),
+            images_per_step=4, min_size=args.min_size, max_size=args.max_size)
 
         args.folder.mkdir(parents=True, exist_ok=True)
         self.results = {}
         if self.results_file.exists():
             self.results = json.loads(self.results_file.read_text())
-        settings = {name: getattr(args, name)
-                    for name in ("min_size", "max_size", "teacher_steps", "epochs")}
-        if self.once("settings", lambda: settings) != settings:
-            sys.exit(f"{self.results_file} has other settings; give another --folder")
+        settings = {name: getattr(args, name) for name in (
+            "data_dir", "min_size", "max_size", "teacher_steps", "upside_down", "epochs")}
+        self.settings = settings | {"data_dir": str(args.data_dir)}
         self.once("machine", partial(describe_machine, CPU))
 
-    def once(self, name: str, function: Callable[[], Any]) -> Any:
-        """Return a function's result, as kept under a name if it is there; else keep it there."""
+    def once(self, name: str, function: Callable[[], Any], **settings: Any) -> Any:
+        """Return the result kept under a name; if there is none, call the function and keep its.
+
+        settings: of this result, besides those of the study. Exits if the kept one has others.
+        """
+        settings = json.loads(json.dumps(self.settings | settings))
         if name not in self.results:
             begin = time.perf_counter()
             result = function()
             minutes = (time.perf_counter() - begin) / 60
-            self.results[name] = {"result": result, "minutes": minutes}
-            self.results_file.write_text(json.dumps(self.results, indent=1) + "\n")
+            self.results[name] = {"settings": settings, "result": result, "minutes": minutes}
+            part = self.results_file.with_suffix(".part")
+            part.write_text(json.dumps(self.results, indent=1) + "\n")
+            part.replace(self.results_file)  # whole, or not at all
+        if self.results[name]["settings"] != settings:
+            sys.exit(f"{self.results_file}: {name!r} has other settings; give another --folder")
         return self.results[name]["result"]
 
-    def count_batches(self) -> int:
-        """Return the number of batches that a student is trained on."""
+    def count_steps(self) -> int:
+        """Return the number of steps that a student is trained for, one batch each."""
         images, folder = data.load_train_split(self.data_dir, self.base.max_size, None)
         loader = data.train_loader(
             images, folder, self.base.images_per_step, seed=0, workers=0, device=CPU)
@@ -119,7 +132,7 @@ class Study:
             drawn.write_dataset(self.data_dir, train=256, val=48, hard=True)
         teacher = drawn.train_teacher(
             "fasterrcnn", self.data_dir, self.args.teacher_steps, min_size=self.args.min_size,
-            max_size=self.args.max_size, proposals=200, rois=66,
+            max_size=self.args.max_size, proposals=200, rois=66,  # a third, as in the demo
             upside_down=self.args.upside_down, report=distributed.log)
         models.save_checkpoint(teacher.state_dict(), self.teacher_file)
 
@@ -128,7 +141,7 @@ class Study:
         train.run_experiment(
             experiment, data_dir=self.data_dir, output_dir=output_dir,
             teacher_ckpt=self.teacher_file, resume=True, device="cpu", workers=0,
-            limit_val=row.limit_val, log_every=20, bottleneck=row.bottleneck,
+            limit_val=None if row.by_epoch else 1, log_every=20, bottleneck=row.bottleneck,
             criterion=row.criterion)
         return train.RunFolder(output_dir, experiment.arch).last
 
@@ -187,11 +200,13 @@ class Study:
                 "file_bytes": evaluate.mean_file_bytes(val), "jpeg": jpeg}
 
     def students(self, row: Row, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """Return, of each seed's student, its "rates", and its AP after the "epochs" validated."""
+        """Return each seed's student: {"rates": its AP and bytes by bits, "epochs": AP by epoch}."""
         found = []
         for seed in seeds:
             name = f"{row.name}, seed {seed}"
-            found.append(self.once(name, partial(self.make_student, row, seed)))
+            found.append(self.once(
+                name, partial(self.make_student, row, seed),
+                experiment=asdict(replace(row.experiment, seed=seed)), bits=row.bits))
             rates = " ".join(f"{rate['bits']}: {rate['AP']:.3f}" for rate in found[-1]["rates"])
             distributed.log(f"{name}: box AP by bits {rates}")
         return found
@@ -204,6 +219,20 @@ class Study:
         else:
             checkpoint = self.train_here(row, experiment, output_dir)
 
+        rates = self.evaluate_student(row, experiment, checkpoint)
+        epochs = []
+        if row.by_epoch:
+            lines = train.RunFolder(output_dir, experiment.arch).metrics.read_text().splitlines()
+            by_epoch = {line["epoch"]: line["metrics"]["bbox"]["AP"]
+                        for line in map(json.loads, lines) if line["kind"] == "epoch"}
+            epochs = list(by_epoch.values())
+        shutil.rmtree(output_dir)  # 200 MB and more
+        return {"rates": rates, "epochs": epochs}
+
+    def evaluate_student(
+        self, row: Row, experiment: train.Experiment, checkpoint: Path
+    ) -> list[dict[str, Any]]:
+        """Return a student's box AP and mean bytes with each of the row's bits."""
         student, _ = models.load_student(
             checkpoint, experiment.min_size, experiment.max_size,
             row.bottleneck or models.Bottleneck(experiment.bottleneck_channels))
@@ -214,13 +243,12 @@ class Study:
             found = evaluate.measure_split(student, bits, val, CPU, workers=0)
             rates.append({"bits": bits, "bytes": found["payload_bytes"],
                           "AP": found["metrics"]["bbox"]["AP"]})
-        epochs = []
-        if row.limit_val is None:
-            lines = train.RunFolder(output_dir, experiment.arch).metrics.read_text().splitlines()
-            epochs = [line["metrics"]["bbox"]["AP"] for line in map(json.loads, lines)
-                      if line["kind"] == "epoch"]
-        shutil.rmtree(output_dir)  # 200 MB and more
-        return {"rates": rates, "epochs": epochs, "experiment": asdict(experiment)}
+        return rates
+
+
+def lr_drops(epochs: int) -> tuple[int, ...]:
+    """Return the epoch, at two thirds, from which on a student's learning rate is a tenth."""
+    return (max(1, epochs * 2 // 3),)
 
 
 # ---- the table and the curve ---------------------------------------------------------------------
@@ -239,7 +267,7 @@ def mean_rates(students: Sequence[dict[str, Any]]) -> list[tuple[int, float, lis
             for rates in zip(*(student["rates"] for student in students))]
 
 
-def print_table(study: Study, rows: dict[Row, list[dict[str, Any]]]) -> None:
+def print_table(study: Study, rows: Rows) -> None:
     """Print, as Markdown, the AP of the teacher, of every row, of every rate, and of JPEG files."""
     teacher = study.teacher()
 
@@ -249,7 +277,7 @@ def print_table(study: Study, rows: dict[Row, list[dict[str, Any]]]) -> None:
 
     print("\n| what detects | box AP | bytes an image | each seed |\n| --- | --- | --- | --- |")
     line("teacher", f"{teacher['AP']:.3f}", teacher["file_bytes"])
-    for row, students in rows.items():
+    for row, students in rows:
         for bits, sent, aps in mean_rates(students):
             what = "whole" if bits == WHOLE else f"{distributed.plural(bits, 'bit')} a value"
             line(f"{row.name}, {what}", spread(aps), None if bits == WHOLE else sent, aps)
@@ -258,15 +286,15 @@ def print_table(study: Study, rows: dict[Row, list[dict[str, Any]]]) -> None:
         line(f"teacher, {resized}JPEG of quality {jpeg['quality']}", f"{jpeg['AP']:.3f}",
              jpeg["bytes"])
     minutes = sum(entry["minutes"] for entry in study.results.values())
-    print(f"\n{study.results['machine']['result']}\n{minutes:.0f} minutes of computing")
+    print(f"\n{study.results['machine']['result']}\n{minutes:.0f} minutes, of all in the folder")
 
 
-def draw_curves(study: Study, rows: dict[Row, list[dict[str, Any]]], path: Path) -> None:
+def draw_curves(study: Study, rows: Rows, path: Path) -> None:
     """Draw box AP over bytes an image: the rows' curves, and the teacher on JPEG files."""
     teacher = study.teacher()
     figure, axes = plt.subplots(figsize=(8, 5))
     curves = {}
-    for row, students in rows.items():
+    for row, students in rows:
         if row.curve:
             points = [point for point in mean_rates(students) if point[0] != WHOLE]
             curves.setdefault(row.curve, []).extend(points)
@@ -331,7 +359,8 @@ def main() -> None:
     args = parser.parse_args()
     study = Study(args)
     distributed.log(f"teacher: box AP {study.teacher()['AP']:.3f}")
-    rows = {row: study.students(row, args.seeds) for row in list_rows(study.base, args.channels)}
+    rows = [(row, study.students(row, args.seeds))
+            for row in list_rows(study.base, args.channels)]
     print_table(study, rows)
     draw_curves(study, rows, args.folder / "curve.jpg")
 

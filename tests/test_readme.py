@@ -17,7 +17,7 @@ import models
 import train
 
 BLOCKS = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-PLOT, PRECISION, SPLIT, STRIDED, WITH_L1, QUANTIZED = BLOCKS
+PLOT, PRECISION, SPLIT, STRIDED, RATED, QUANTIZED = BLOCKS
 SERVER, DEVICE, EXPORT = re.findall(
     r"```python\n(.+?)```", (ROOT / "tests" / "README.md").read_text(), re.DOTALL)
 BEST = BEST.format("fasterrcnn")
@@ -121,9 +121,9 @@ def test_another_bottleneck_is_trained_resumed_and_evaluated(run_script, place, 
 
 
 def test_one_more_loss_term_is_trained(run_script, place):
-    run_script(WITH_L1, *TRAIN, "--epochs", 1)
+    run_script(RATED, *TRAIN, "--epochs", 1)
     [start] = records(place / "out", "start")
-    assert start["config"]["criterion"] == "__main__.loss_with_l1"
+    assert start["config"]["criterion"] == "__main__.loss_with_rate"
 
 
 def test_quantization_aware_training(run_script, place, dataset, capsys, monkeypatch):
