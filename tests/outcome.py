@@ -328,9 +328,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="in COCO's layout; else images are drawn")
     parser.add_argument("--folder", type=Path, default="outcome", help="where results are kept")
-    parser.add_argument("--min-size", type=int, default=128, help="pixels of the shorter side")
-    parser.add_argument("--max-size", type=int, default=224, help="pixels of the longer side")
-    parser.add_argument("--teacher-steps", type=int, default=600, help="of 4 images each")
+    parser.add_argument("--min-size", type=int, default=160, help="pixels of the shorter side")
+    parser.add_argument("--max-size", type=int, default=214, help="pixels of the longer side")
+    parser.add_argument("--teacher-steps", type=int, default=450, help="of 4 images each")
     parser.add_argument("--upside-down", action="store_true",
                         help="train the teacher on images that are flipped that way, too")
     parser.add_argument("--epochs", type=int, default=3, help="of a student")
