@@ -1,8 +1,8 @@
-"""Write a data set in VOC's layout in COCO's: python tests/from_voc.py VOC_DIR DATA_DIR
+"""Write a data set in VOC2007's layout in COCO's: python tests/from_voc.py VOC_DIR DATA_DIR
 
 ImageSets/Main/trainval.txt becomes train2017, and test.txt val2017. Images are copied. Categories
 are numbered from 1 in the order of their names. VOC counts pixels from 1, and a box includes both
-corners; COCO has the left upper corner, counted from 0, and the size.
+corners; COCO has the upper left corner, counted from 0, and the size.
 """
 
 import argparse
@@ -15,7 +15,10 @@ SPLITS = {"train": "trainval", "val": "test"}
 
 
 def convert(voc_dir: Path, data_dir: Path) -> None:
-    """Write both splits of a data set. VOC's "difficult" objects become crowds."""
+    """Write both splits of a data set.
+
+    VOC's "difficult" objects become crowds, so that finding them is neither right nor wrong.
+    """
     trees = {}
     for split in SPLITS.values():
         names = (voc_dir / "ImageSets" / "Main" / f"{split}.txt").read_text().split()
