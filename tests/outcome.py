@@ -279,8 +279,9 @@ def print_table(study: Study, rows: Rows) -> None:
     line("teacher", f"{teacher['AP']:.3f}", teacher["file_bytes"])
     for row, students in rows:
         for bits, sent, aps in mean_rates(students):
-            what = "whole" if bits == WHOLE else f"{distributed.plural(bits, 'bit')} a value"
-            line(f"{row.name}, {what}", spread(aps), None if bits == WHOLE else sent, aps)
+            what = f", {'whole' if bits == WHOLE else distributed.plural(bits, 'bit')}"
+            name = row.name + what * (len(row.bits) > 1)
+            line(name, spread(aps), None if bits == WHOLE else sent, aps)
     for jpeg in teacher["jpeg"]:
         resized = "resized, " * jpeg["is_resized"]
         line(f"teacher, {resized}JPEG of quality {jpeg['quality']}", f"{jpeg['AP']:.3f}",

@@ -23,20 +23,23 @@ import distributed
 import losses
 import models
 
-LAMBDAS = (0.3, 1, 3)  # of the rate term: the squared error that one bit is worth
+LAMBDAS = (0.1, 0.3, 1)  # of the rate term: the squared error that one bit is worth
 RATE_BITS = 4
 
 # ---- the experiments -----------------------------------------------------------------------------
 
 
-def quantized(bits: int, first_step: int = 0) -> type[models.Bottleneck]:
-    """Return a Bottleneck class that trains with what will be sent, quantized for each image.
+def quantized(
+    bits: int, first_step: int = 0, base: type[nn.Module] = models.Bottleneck
+) -> type[nn.Module]:
+    """Return a bottleneck class that trains with what will be sent, quantized for each image.
 
-    Gradients pass straight through. first_step: until then it trains as usual; its BatchNorm layers
-    count the steps.
+    Gradients pass straight through.
+    first_step: until then it trains as usual. Its BatchNorm layers count the steps.
+    base: the class without quantization; its decoder begins with BatchNorm.
     """
 
-    class Quantized(models.Bottleneck):
+    class Quantized(base):
         def forward(self, x: Tensor) -> Tensor:
             z = self.encoder(x)
             if self.training and self.decoder[0].num_batches_tracked < first_step:
@@ -114,10 +117,18 @@ def qat_rows(study: Study) -> list[Row]:
 
 
 def strided_rows(study: Study) -> list[Row]:
-    """A bottleneck that shrinks the map, with half as many values as the default, and a quarter."""
-    return [Row(f"strided, {channels} channels", study.base, (8, 4, 2),
+    """A bottleneck that shrinks the map, with half as many values as the default, and a quarter.
+
+    The former also with quantization-aware training.
+    """
+    rows = [Row(f"strided, {channels} channels", study.base, (8, 4, 2),
                 f"strided, {channels} channels", partial(Strided, channels))
             for channels in (6, 3)]
+    for bits in (2, 3, 4):
+        rows.append(Row(
+            f"strided, 6 channels, QAT, {distributed.plural(bits, 'bit')}", study.base, (bits,),
+            "strided, 6 channels, QAT", partial(quantized(bits, base=Strided), 6)))
+    return rows
 
 
 def rate_rows(study: Study) -> list[Row]:
