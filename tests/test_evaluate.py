@@ -215,8 +215,8 @@ def test_rates_have_the_accuracy_of_torchdistills_quantizer(
     fine, coarse, small_fine, small_coarse = summary["jpeg"]
     assert [row["quality"] for row in summary["jpeg"]] == [90, 2, 90, 2]
     assert [row["is_resized"] for row in summary["jpeg"]] == [False, False, True, True]
-    # The files were written by Pillow at quality 90, so that much is lost already.
-    assert fine["payload_bytes"] == pytest.approx(summary["file_bytes"], rel=0.05)
+    # The files were written by Pillow at quality 90 too, but with standard Huffman tables.
+    assert 0.8 < fine["payload_bytes"] / summary["file_bytes"] < 0.95
     assert coarse["payload_bytes"] < 0.7 * fine["payload_bytes"]
     assert small_fine["payload_bytes"] < 0.7 * fine["payload_bytes"]
     assert "teacher, resized JPEG 2" in out
@@ -257,7 +257,7 @@ def test_the_teacher_gets_what_pillow_recompresses(is_resized, val, monkeypatch)
             resized = teacher.transform([torch.zeros(3, picture.height, picture.width)])[0]
             assert resized.image_sizes == [(picture.height, picture.width)]  # it leaves it so
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=30)
+        picture.save(file, "JPEG", quality=30, optimize=True)
         sizes.append(len(file.getvalue()))
         wanted = np.array(Image.open(file)).transpose(2, 0, 1)
         assert torch.equal((image * 255).round().byte(), torch.from_numpy(wanted))
