@@ -49,8 +49,6 @@ import train
 CPU = torch.device("cpu")
 WHOLE = 32  # bits: nothing is lost
 QUALITIES = (75, 50, 30, 10, 3)  # of JPEG files
-
-
 Rows = list[tuple["Row", list[dict[str, Any]]]]  # and what Study.students returns of each
 
 
