@@ -123,8 +123,6 @@ class Study:
     # ---- training --------------------------------------------------------------------------------
 
     def train_teacher(self) -> None:
-        if self.teacher_file.exists():
-            return
         if self.args.data_dir is None:
             shutil.rmtree(self.data_dir, ignore_errors=True)
             drawn.write_dataset(self.data_dir, train=256, val=48, hard=True)
@@ -179,7 +177,7 @@ class Study:
     # ---- evaluation ------------------------------------------------------------------------------
 
     def teacher(self) -> dict[str, Any]:
-        """Return the teacher's box AP, on the images and on JPEG files, and all files' bytes."""
+        """Return the teacher's box AP on the images and on JPEG files, and the files' mean bytes."""
         self.once("teacher's training", self.train_teacher)
         return self.once("teacher", self.evaluate_teacher)
 
@@ -194,8 +192,8 @@ class Study:
                 found = evaluate.measure_jpeg(teacher, quality, is_resized, val, CPU, workers=0)
                 jpeg.append({"quality": quality, "is_resized": is_resized,
                              "bytes": found["payload_bytes"], "AP": found["metrics"]["bbox"]["AP"]})
-        return {"metrics": metrics["bbox"], "AP": metrics["bbox"]["AP"],
-                "file_bytes": evaluate.mean_file_bytes(val), "jpeg": jpeg}
+        return {"AP": metrics["bbox"]["AP"], "file_bytes": evaluate.mean_file_bytes(val),
+                "jpeg": jpeg}
 
     def students(self, row: Row, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """Return each seed's student: {"rates": its AP and bytes by bits, "epochs": AP by epoch}."""
