@@ -121,9 +121,14 @@ def test_another_bottleneck_is_trained_resumed_and_evaluated(run_script, place, 
 
 
 def test_one_more_loss_term_is_trained(run_script, place):
+    """The logged loss has the term; the first step's errors are those of a run without it."""
     run_script(RATED, *TRAIN, "--epochs", 1)
     [start] = records(place / "out", "start")
     assert start["config"]["criterion"] == "__main__.loss_with_rate"
+    run_script(RATED.replace("+ 0.1 *", "+ 0 *"), *TRAIN, "--epochs", 1, "--output-dir", "without")
+    step, without = (records(place / folder, "step")[0] for folder in ("out", "without"))
+    assert step["relative_errors"] == without["relative_errors"]
+    assert step["loss"] > without["loss"]
 
 
 def test_quantization_aware_training(run_script, place, dataset, capsys, monkeypatch):
