@@ -92,7 +92,7 @@ class Study:
             self.results = json.loads(self.results_file.read_text())
         settings = {name: getattr(args, name) for name in (
             "data_dir", "min_size", "max_size", "teacher_steps", "upside_down", "epochs")}
-        self.settings = settings | {"data_dir": str(args.data_dir)}
+        self.settings = settings | {"data_dir": str(args.data_dir and args.data_dir.resolve())}
         self.once("machine", partial(describe_machine, CPU))
 
     def once(self, name: str, function: Callable[[], Any], **settings: Any) -> Any:
