@@ -7,11 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def ghnd_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    layer_weights: Sequence[float] = (1, 1, 1, 1),
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of GHND, L, a scalar; and, detached, the squared errors that it adds up.
+
+    L = sum_j w_j ||s_j - t_j||^2 (arXiv 2007.15818, Eq. 2). Nothing is averaged, so L grows with
+    B * H * W: in Faster R-CNN's published log, for 4 images, it falls from 6.5e7 to 9.5e5.
+
+    student_maps, teacher_maps: as in squared_errors; teacher maps need no gradient.
+    layer_weights: w_j, one for each map; by default those of GHND, for layer1 to layer4.
+    Raises ValueError if the numbers of weights and maps differ, or as squared_errors does.
+    """
+    errors = squared_errors(student_maps, teacher_maps)
+    terms = [weight * error for weight, error in zip(layer_weights, errors, strict=True)]
+    return sum(terms), errors.detach()
+
+
 def squared_errors(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-    """Return ||s_j - t_j||^2 of each distilled layer j, summed over batch, channels and pixels.
+    """Return ||s_j - t_j||^2 of each layer j, summed over batch, channels and pixels: (layers,).
 
     student_maps, teacher_maps: (B, C_j, H_j, W_j) feature maps, in the same order.
-    Returns (layers,), in float32 or, for float64 maps, in float64.
     Raises ValueError if the numbers of maps or the shapes of two maps differ.
     """
     errors = []
@@ -20,26 +38,6 @@ def squared_errors(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor
             raise ValueError(f"student map is {tuple(s.shape)}, teacher map {tuple(t.shape)}")
         errors.append(F.mse_loss(at_least_float32(s), at_least_float32(t), reduction="sum"))
     return torch.stack(errors)
-
-
-def ghnd_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    layer_weights: Sequence[float] = (1, 1, 1, 1),
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of GHND and, detached, the squared errors that it adds up.
-
-    L = sum_j w_j ||s_j - t_j||^2 (arXiv 2007.15818, Eq. 2). Nothing is averaged, so L grows with
-    B * H * W: in the published logs, for batches of 4 images, it falls from 6.5e7 to 9.5e5.
-
-    student_maps, teacher_maps: as in squared_errors; teacher maps need no gradient.
-    layer_weights: w_j, one for each map; by default those of GHND, for layer1 to layer4.
-    Returns L, a scalar, and the squared errors, (layers,).
-    Raises ValueError if the numbers of weights and maps differ, or as squared_errors does.
-    """
-    errors = squared_errors(student_maps, teacher_maps)
-    terms = [weight * error for weight, error in zip(layer_weights, errors, strict=True)]
-    return sum(terms), errors.detach()
 
 
 @torch.no_grad()

@@ -2,19 +2,16 @@
 
 import argparse
 import copy
-import hashlib
 import io
 import itertools
 import math
 import os
-import struct
-import sys
 import textwrap
 import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,21 +26,18 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from distributed import InputError, log, writing
 
-MakeBottleneck = nn.Module | Callable[[], nn.Module]
+MakeBottleneck = Callable[[], nn.Module]  # a class, or a function without arguments
+State = dict[str, Tensor]
 
 # ---- the student ---------------------------------------------------------------------------------
-
 
 class Bottleneck(nn.Module):
     """The student's layer1: an encoder to a few channels, which are what is sent, and a decoder.
 
     Any other module can take its place, if it maps (B, 64, H, W) to (B, 256, H, W) for H and W that
-    are multiples of 8, and has an `encoder` and a `decoder`: the split student runs
-    decoder(encoder(x)), which has the same shape. Nothing else in the code knows what is inside.
-
-    Here, the map in between is (B, channels, H + 4, W + 4): the four padded 2 x 2 convolutions grow
-    it by one pixel each, and the four unpadded ones shrink it back. Layers, keys and initial values
-    are those of torchdistill 0.0.1's Bottleneck4LargeResNet.
+    are multiples of 8, and has an `encoder` and a `decoder` (the split student runs one after the
+    other). Nothing else in the code knows what is inside. Here, (B, channels, H + 4, W + 4) is
+    sent. Layers, keys and initial values are those of torchdistill 0.0.1's Bottleneck4LargeResNet.
     """
 
     def __init__(self, channels: int = 3) -> None:
@@ -77,69 +71,37 @@ class Bottleneck(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def build_student(teacher: nn.Module, bottleneck: MakeBottleneck | None = None) -> nn.Module:
-    """Return the teacher with a copy of its conv1 and a bottleneck as layer1, in eval mode.
+def build_student(teacher: nn.Module, bottleneck: MakeBottleneck = Bottleneck) -> nn.Module:
+    """Return a copy of the teacher with a new bottleneck as layer1, in eval mode.
 
     teacher: a Faster or Mask R-CNN with torchvision's ResNet-50 FPN backbone; it is frozen here.
-    bottleneck: as in make_bottleneck.
-    Only conv1 and the bottleneck are trainable. All other modules with weights are the teacher's
-    own objects, so the two detectors together take little more memory than one.
-    Raises InputError if the bottleneck does not keep the contract.
+    Only the student's conv1 and bottleneck are trainable: all else remains as the teacher's.
     """
-    bottleneck = make_bottleneck(bottleneck)
-    check_bottleneck(bottleneck)
-    teacher.eval().requires_grad_(False)
-    body = teacher.backbone.body
-    shared = [body.bn1, body.layer1, body.layer2, body.layer3, body.layer4,
-              teacher.backbone.fpn, teacher.rpn, teacher.roi_heads]
-    # deepcopy takes what its memo already holds for the copy: here, each shared module itself.
-    # layer1 is among them only so that it is not copied in vain.
-    student = copy.deepcopy(teacher, memo={id(module): module for module in shared})
-    student.backbone.body.layer1 = bottleneck
+    layer1 = bottleneck()
+    check_bottleneck(layer1)
+    student = copy.deepcopy(teacher.eval().requires_grad_(False))
+    student.backbone.body.layer1 = layer1
     student.backbone.body.conv1.requires_grad_(True)
     return student.eval()
 
 
-def make_bottleneck(given: MakeBottleneck | None, channels: int = 3) -> nn.Module:
-    """Return a module for layer1: the one that was given, or made by the given function or class.
-
-    If none was given, it is a Bottleneck of so many channels.
-    """
-    if given is None:
-        return Bottleneck(channels)
-    return given if isinstance(given, nn.Module) else given()
-
-
-def name_of(part: object) -> str:
-    """Return "module.name" of a function, or of a module's class: "models.Bottleneck"."""
-    if isinstance(part, partial):
-        return f"{name_of(part.func)} with {part.args} {part.keywords}"
-    kind = part if hasattr(part, "__qualname__") else type(part)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 @torch.no_grad()
 def check_bottleneck(bottleneck: nn.Module) -> int:
-    """Return how many channels a bottleneck sends.
-
-    Raises InputError if it does not keep Bottleneck's contract, before hours of training show it.
-    """
+    """Check Bottleneck's contract, switch to eval mode, and return how many channels are sent."""
     name = type(bottleneck).__name__
     for part in ("encoder", "decoder"):
         if not isinstance(getattr(bottleneck, part, None), nn.Module):
             raise InputError(f"{name} has no {part}; a bottleneck needs the modules encoder, whose "
-                             "output is sent, and decoder", on_all_processes=True)
-    was_training = bottleneck.training
+                             "output is sent, and decoder")
     bottleneck.eval()  # or BatchNorm would count this input
-    x = next(bottleneck.parameters()).new_zeros(1, 64, 24, 40)
+    x = next(bottleneck.parameters(), torch.empty(0)).new_zeros(1, 64, 24, 40)
     sent = bottleneck.encoder(x)
-    outputs = {name: bottleneck(x), f"{name}'s decoder(encoder(x))": bottleneck.decoder(sent)}
-    bottleneck.train(was_training)
-    for what, output in outputs.items():
+    if sent.dim() != 4:
+        raise InputError(f"{name}'s encoder gives {tuple(sent.shape)}, not (B, C, H, W)")
+    for what, output in (("forward", bottleneck(x)), ("decoder", bottleneck.decoder(sent))):
         if output.shape != (1, 256, 24, 40):
-            raise InputError(f"{what} maps {tuple(x.shape)} to {tuple(output.shape)}, not to "
-                             "(1, 256, 24, 40), as a ResNet-50's layer1 does",
-                             on_all_processes=True)
+            raise InputError(f"{name}'s {what} ends with {tuple(output.shape)} for an input of "
+                             f"{tuple(x.shape)}, where a ResNet-50's layer1 gives (1, 256, 24, 40)")
     return sent.shape[1]
 
 
@@ -153,7 +115,6 @@ def build_detector(
 ) -> nn.Module:
     """Build torchvision's {arch}_resnet50_fpn without weights, frozen and in eval mode.
 
-    arch: "fasterrcnn" or "maskrcnn".
     min_size, max_size: pixels; its transform resizes the shorter side to min_size, unless the
         longer one would exceed max_size.
     classes: their number, with the background, which is class 0.
@@ -161,108 +122,71 @@ def build_detector(
     """
     # The published weights were trained with eps 0. torchvision's constructor gives 1e-5 and
     # corrects it only when it loads the published weights itself.
-    frozen_bn = partial(FrozenBatchNorm2d, eps=0.0)
     backbone = resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None, trainable_layers=0, norm_layer=frozen_bn)
-    detector = DETECTORS[arch](
-        backbone, classes, min_size=min_size, max_size=max_size, **settings)
+        backbone_name="resnet50", weights=None, trainable_layers=0,
+        norm_layer=partial(FrozenBatchNorm2d, eps=0.0))
+    detector = DETECTORS[arch](backbone, classes, min_size=min_size, max_size=max_size, **settings)
     return detector.eval().requires_grad_(False)
 
 
 def load_teacher(
-    arch: str,
-    path: Path | None = None,
-    min_size: int = 800,
-    max_size: int = 1333,
-    eps: float | None = None,
+    arch: str, path: Path | None = None, min_size: int = 800, max_size: int = 1333,
+    eps: float | None = None
 ) -> nn.Module:
     """Return the teacher: build_detector with torchvision's COCO_V1 weights, or those in a file.
 
     path: a checkpoint of a torchvision detector with any number of classes; None to download.
-    eps: of the BatchNorm layers that the file was trained with. It is added to the variances here,
-        so that every detector in this code, and every file that it writes, has eps 0.
-        FrozenBatchNorm2d has 0 in COCO_V1, in what was fine-tuned from it, and in build_detector;
-        it has 1e-5 where torchvision built a detector on an ImageNet backbone, as has ordinary
-        BatchNorm2d, which torchvision takes where nothing is pretrained.
-        None: 1e-5 if the file's keys show ordinary BatchNorm2d, else 0.
-    Raises InputError if the weights cannot be had or do not fit.
+    eps: with which the file's BatchNorm layers were trained; it is added to their variances, so
+        that every detector here has eps 0. None: 1e-5 if the keys show ordinary BatchNorm2d, else
+        0, as in COCO_V1; torchvision's FrozenBatchNorm2d on an ImageNet backbone has 1e-5.
     """
     if path is None and eps is not None:
         raise InputError("--teacher-eps is for the weights in --teacher-ckpt; COCO_V1 has eps 0")
-    if path is None:
-        source = coco_v1_url(arch)
-        state = download(source)
-    else:
-        source = path
-        state = detector_state(load_checkpoint(path), path)
-    if eps is None:
-        eps = 0.0
-        if any(key.endswith(".num_batches_tracked") for key in state):
-            eps = 1e-5
-            log(f"{path} was trained with ordinary BatchNorm2d; its eps is assumed to be 1e-5")
+    source = path or "COCO_V1"
+    state = load_checkpoint(path)["model"] if path else download_coco_v1(arch)
+    if eps is None and any(key.endswith(".num_batches_tracked") for key in state):
+        eps = 1e-5
+        log(f"{path} was trained with ordinary BatchNorm2d; its eps is assumed to be 1e-5")
     for key in state:
-        if key.endswith(".running_var"):
+        if eps and key.endswith(".running_var"):
             state[key] = state[key] + eps
     teacher = build_detector(arch, min_size, max_size, count_classes(state, source))
     load_weights(teacher, state, source)
     return teacher
 
 
-def coco_v1_url(arch: str) -> str:
-    """Return where torchvision's COCO_V1 weights are; the name ends with the start of a SHA-256."""
-    return get_model_weights(f"{arch}_resnet50_fpn").COCO_V1.url
-
-
-def is_coco_v1(arch: str, path: Path | None) -> bool:
-    """Return whether a teacher's file is torchvision's own, which made the published students."""
-    if path is None:
-        return True
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"-{digest[:8]}." in coco_v1_url(arch)
-
-
-def download(url: str) -> dict[str, Tensor]:
-    """Return the state dict at a URL, from torch.hub's cache if it is there."""
+def download_coco_v1(arch: str) -> State:
+    """Return torchvision's COCO_V1 weights, from torch.hub's cache if they are there."""
+    weights = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True,
-            progress=sys.stderr.isatty())
+        return weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # no network, no disk, another hash, a damaged file in the cache
-        reason = textwrap.shorten(str(error), 300) or type(error).__name__
-        raise InputError(
-            f"no weights from {url} by way of the cache {torch.hub.get_dir()} ({reason}); fetch "
-            "the file elsewhere and give it by --teacher-ckpt") from error
+        raise InputError(f"cannot download {weights.url} to {torch.hub.get_dir()} "
+                         f"({textwrap.shorten(str(error), 600)}); give a file by --teacher-ckpt"
+                         ) from error
 
 
 def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
-    """Move a detector to a device, in the device's memory_format, and return it."""
-    # torchvision keeps mean and deviation as lists, which are no part of the module's state. It
-    # would copy them to the device for each image, and the host would wait for that.
+    """Move a detector to a device, in the layout in which that convolves faster, and return it.
+
+    CPUs with AVX512 are faster with channels_last, and those with AVX2 alone slower
+    (tests/README.md). For GPUs from Ampere on, it is NVIDIA's advice, and not measured here.
+    """
+    if device.type == "cuda":
+        is_channels_last = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        is_channels_last = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # torchvision keeps mean and deviation as lists, and would copy them to the device for each
+    # image, for which the host would wait.
     transform = detector.transform
     transform.image_mean = torch.as_tensor(transform.image_mean, device=device)
     transform.image_std = torch.as_tensor(transform.image_std, device=device)
-    return detector.to(device, memory_format=memory_format(device))
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the layout in which a device convolves faster.
-
-    On CPUs with AVX512, channels_last makes a training step up to 1.3 times faster; with AVX2
-    alone it makes it 1.2 times slower (measured, tests/README.md). For GPUs with tensor cores for
-    TF32 and bfloat16 (Ampere on), it is NVIDIA's advice, and not measured here.
-    """
-    if device.type == "cuda":
-        prefers_channels_last = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        prefers_channels_last = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.channels_last if prefers_channels_last else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    return detector.to(device, memory_format=layout)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether to let a device compute in bfloat16: emulated, it is slower than float32.
-
-    On CPUs, this is whether oneDNN does; some with AVX512, but without AVX512_BF16, emulate it.
-    """
+    """Return whether a device computes in bfloat16; emulated, it would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -270,27 +194,26 @@ def has_bf16(device: torch.device) -> bool:
 
 # ---- the bodies that training runs ---------------------------------------------------------------
 
-
 def training_bodies(
-    student: nn.Module, teacher: nn.Module, bf16: bool = False
+    student: nn.Module, teacher: nn.Module, bf16: bool = False, layers: int = 4
 ) -> tuple[nn.Module, nn.Module]:
-    """Return the student's and the teacher's body as training runs them: fast, not to be saved.
+    """Return student's and teacher's body in the form that training uses: faster, never saved.
 
-    Each maps a batch (B, 3, H, W) to a dict of four feature maps (B, C_j, H_j, W_j), with 256,
-    512, 1024 and 2048 channels at strides 4, 8, 16 and 32, as backbone.body itself does.
-    The student's body holds the student's own conv1 and layer1, so whatever trains this body trains
-    the student. layer2 to layer4 are one frozen, folded copy for both bodies.
+    Each maps a batch (B, 3, H, W) to a dict of feature maps (B, C_j, H_j, W_j), as backbone.body
+    does: C_j is 256, 512, 1024, 2048 at strides 4, 8, 16, 32. The student's has its own conv1 and
+    layer1, which are trained; layer2 to layer4 are one folded copy for both.
     bf16: whether the frozen layers become bfloat16, for use under torch.autocast.
+    layers: how many maps are computed, from layer1 on.
     """
-    teacher_body = fold_frozen_bn(teacher.backbone.body)
+    return_layers = dict(list(teacher.backbone.body.return_layers.items())[:layers])
+    teacher_body = IntermediateLayerGetter(fold_frozen_bn(teacher.backbone.body), return_layers)
     if bf16:
         teacher_body.to(torch.bfloat16)  # once; autocast would cast them in every step
 
-    layers = dict(student.backbone.body.items())
-    for name in ("layer2", "layer3", "layer4"):
-        layers[name] = teacher_body[name]
-    student_body = IntermediateLayerGetter(
-        nn.ModuleDict(layers), student.backbone.body.return_layers)
+    modules = dict(student.backbone.body.items())
+    for name in list(return_layers)[1:]:  # all but layer1
+        modules[name] = teacher_body[name]
+    student_body = IntermediateLayerGetter(nn.ModuleDict(modules), return_layers)
     return student_body, teacher_body
 
 
@@ -298,7 +221,7 @@ def fold_frozen_bn(module: nn.Module) -> nn.Module:
     """Return a frozen copy in which each convolution has absorbed the FrozenBatchNorm2d after it.
 
     Only for layers that are not trained: folding rescales their weights, and Adam would take other
-    steps. A folded module is not to be saved, since its keys are others.
+    steps. A folded module is never saved, because its keys differ.
     """
     module = copy.deepcopy(module).eval()
     for parent in list(module.modules()):
@@ -313,7 +236,8 @@ def fold_frozen_bn(module: nn.Module) -> nn.Module:
 
 # ---- checkpoint files ----------------------------------------------------------------------------
 
-CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"  # (classes, 1024), class 0 is background
+# The published students' settings, which their files do not contain.
+PUBLISHED = {"bottleneck_channels": 3, "min_size": 800, "max_size": 1333}
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -324,7 +248,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     # In memory first, because torch.save hides the reason where it cannot write.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    part = part_file(path, os.getpid())
+    part = path.with_name(f"{path.name}.part")
     with writing(path):
         try:
             with part.open("wb") as file:
@@ -333,180 +257,129 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
                 os.fsync(file.fileno())
             part.replace(path)
         finally:
-            part.unlink(missing_ok=True)  # left only where an error was raised
-
-
-def part_file(path: Path, process: int | str) -> Path:
-    """Return where save_checkpoint writes before it replaces path; process: its number, or "*"."""
-    return path.with_name(f".{path.name}.{process}")
+            part.unlink(missing_ok=True)  # what failed must not fill the disk
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running any code that is in it.
 
-    Besides tensors and plain Python objects, torchdistill's files hold an argparse.Namespace and a
-    numpy float64, harmless types that torch.load's safe mode refuses unless they are listed.
-    Raises InputError if the file is not there, is damaged, or holds any other type.
+    Its state dict is under "model" in the result, also if the file holds that alone; what DDP and
+    torch.compile add to keys is removed. Raises InputError if there is none of whole tensors.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"checkpoint {path} is not there")
-    # A numpy float64 is pickled as a call of a function named scalar, with a dtype.
+    # torchdistill's files hold an argparse.Namespace and a numpy float64, harmless types that must
+    # be listed. The latter is pickled as a call of a function, whose name numpy 2 has changed.
     scalar, _ = np.float64(0).__reduce__()
     safe_types = [
         argparse.Namespace, np.dtype, type(np.dtype(np.float64)),
-        (scalar, "numpy.core.multiarray.scalar"),   # the function's name before numpy 2
-        (scalar, "numpy._core.multiarray.scalar"),  # and since
-    ]
+        (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
-        with torch.serialization.safe_globals(safe_types):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, torch.serialization.safe_globals(safe_types):
+            start = file.peek(40)[:40]
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # each kind of damage raises an exception of its own
-        reason = " ".join(str(error).split())
-        raise InputError(f"checkpoint {path} was refused: it is damaged, or holds code, which is "
-                         f"never run ({type(error).__name__}: {reason})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"checkpoint {path} was refused: it holds no dict")
-    return content
-
-
-def detector_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a checkpoint: under "model" or, if there is none, the whole.
-
-    What DistributedDataParallel ("module." at the start of keys) and torch.compile ("_orig_mod.")
-    add is removed.
-    Raises InputError, naming the path, if there is no state dict of whole tensors.
-    """
-    state = content.get("model", content)
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise InputError(f"checkpoint {path} was refused: it is damaged, no checkpoint, or holds "
+                         f"code, which is never run (it starts with {start!r})") from error
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict):
         raise InputError(f"{path} holds no state dict, neither under 'model' nor by itself")
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise InputError(f"{path} holds no state dict: {key!r} is not a tensor")
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise InputError(f"{path} holds no state dict: {key!r} is not the name of a tensor")
         # A file of a few bytes can claim any shape for a tensor with strides of 0, or without data.
         is_plain = value.layout == torch.strided and value.device.type == "cpu"
         if not is_plain or value.untyped_storage().nbytes() < value.nbytes:
             raise InputError(f"{path} was refused: {key!r} holds fewer values than it claims")
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value
-            for key, value in state.items()}
+    state = {key.replace("_orig_mod.", "").removeprefix("module."): value
+             for key, value in state.items()}
+    return (content if "model" in content else {}) | {"model": state}
 
 
-def count_classes(state: dict[str, Tensor], path: Path) -> int:
+def count_classes(state: State, source: Path | str) -> int:
     """Return how many classes, with the background, the detector of a state dict has."""
-    if CLASS_SCORES not in state or state[CLASS_SCORES].shape[1:] != (1024,):
-        raise InputError(f"{path} holds no detector: it has no {CLASS_SCORES} of 1024 columns")
-    return len(state[CLASS_SCORES])
+    key = "roi_heads.box_predictor.cls_score.weight"  # (classes, 1024)
+    if key not in state or state[key].shape[1:] != (1024,):
+        raise InputError(f"{source} holds no detector: it has no {key} of 1024 columns")
+    return len(state[key])
 
 
-def load_weights(detector: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict strictly, or raise an InputError that names the path and what is wrong."""
+def load_weights(detector: nn.Module, state: State, source: Path | str) -> None:
+    """Load a state dict strictly, or raise an InputError that says what is wrong where."""
     try:
         detector.load_state_dict(state)  # torchvision's modules rename the keys of 2020 themselves
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit: {textwrap.shorten(str(error), 600)}") from error
-    check_finite(detector.state_dict(), path)
+        raise InputError(f"{source} does not fit: {textwrap.shorten(str(error), 600)}") from error
+    check_finite(detector.state_dict(), source)
     for name, module in detector.named_modules():
         if isinstance(module, FrozenBatchNorm2d) and not (module.running_var > 0).all():
-            raise InputError(f"{path} cannot be used: {name} divides by a variance that is not "
+            raise InputError(f"{source} cannot be used: {name} divides by a variance that is not "
                              "above 0 (a teacher trained with eps 1e-5 needs --teacher-eps 1e-5)")
 
 
-def other_than_teacher(
-    student_state: dict[str, Tensor], teacher_state: dict[str, Tensor]
-) -> str | None:
-    """Return the first frozen weight in which a student differs from a teacher, or None."""
+def check_finite(state: State, source: Path | str) -> None:
+    """Raise an InputError that names the source and the key if a value is infinite or NaN."""
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise InputError(f"{source}: {key} has values that are not finite")
+
+
+def first_difference(student_state: State, teacher_state: State) -> str | None:
+    """Return the name of the first frozen weight in which student and teacher differ, or None."""
     for name, value in student_state.items():
         is_trained = name.startswith(("backbone.body.conv1.", "backbone.body.layer1."))
-        if is_trained:
-            continue
-        if name not in teacher_state or not torch.equal(value.cpu(), teacher_state[name].cpu()):
+        wanted = teacher_state.get(name)
+        if not is_trained and (wanted is None or not torch.equal(value.cpu(), wanted.cpu())):
             return name
     return None
 
 
-def check_finite(state: dict[str, Tensor], path: Path) -> None:
-    """Raise an InputError that names the path and the key if a value is infinite or NaN."""
-    for key, value in state.items():
-        if not value.isfinite().all():
-            raise InputError(f"{path}: {key} has values that are not finite")
-
-
 def load_student(
-    path: Path,
-    min_size: int | None = None,
-    max_size: int | None = None,
-    bottleneck: MakeBottleneck | None = None,
+    path: Path, min_size: int | None = None, max_size: int | None = None,
+    bottleneck: MakeBottleneck | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the student that a checkpoint holds, in eval mode, and the config that it runs by.
+    """Return the student that a checkpoint holds, in eval mode, and the config of its training.
 
     min_size, max_size: as in build_detector; by default those that the student was trained with.
-    bottleneck: as in make_bottleneck; by default a Bottleneck of the channels in the config.
-    The config is that of the file, as train.py wrote it, but for what is used otherwise here, which
-    is logged. torchdistill's files have none: they are published students of 3 channels at
-    800 / 1333 pixels. "arch" is told by the keys.
-    Raises InputError if the file cannot be read or holds no student.
+    bottleneck: by default a Bottleneck of as many channels as the student was trained with.
+    The config returned is the file's, with the sizes in use, and arch as the keys tell it.
     """
     content = load_checkpoint(path)
-    state = detector_state(content, path)
-    config = read_config(content, path)
+    state, config = content["model"], content.get("config")
+    config = PUBLISHED | (config if isinstance(config, dict) else {})
+    for name, value in (("min_size", min_size), ("max_size", max_size)):
+        if value not in (None, config[name]):
+            log(f"{path}: trained with {name} {config[name]}, used with {value}")
+            config[name] = value
+    for name in PUBLISHED:
+        if type(config[name]) is not int or not 1 <= config[name] < 2**16:
+            raise InputError(f"{path} cannot be used with {name} {config[name]!r}: it must be a "
+                             "whole number from 1 to 65,535")
     has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
     config["arch"] = "maskrcnn" if has_masks else "fasterrcnn"
-    trained = {"min_size": config["min_size"], "max_size": config["max_size"]}
-    used = {"min_size": min_size or config["min_size"], "max_size": max_size or config["max_size"]}
-    bottleneck = make_bottleneck(bottleneck, config["bottleneck_channels"])
-    if "bottleneck" in config:
-        trained["bottleneck"], used["bottleneck"] = config["bottleneck"], name_of(bottleneck)
-    if used != trained:
-        log(f"{path}: trained with {trained}, used with {used}")
-        config |= used | {"is_recipe": False}
-
-    classes = count_classes(state, path)
-    detector = build_detector(config["arch"], used["min_size"], used["max_size"], classes)
-    student = build_student(detector, bottleneck)
+    detector = build_detector(
+        config["arch"], config["min_size"], config["max_size"], count_classes(state, path))
+    student = build_student(
+        detector, bottleneck or partial(Bottleneck, config["bottleneck_channels"]))
     load_weights(student, state, path)
     return student, config
 
 
-def read_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the config in a checkpoint of train.py, or that of torchdistill's students.
-
-    is_recipe: whether the student can be compared with the published ones: it was trained by their
-        recipe, with any seed, and is used at their image sizes.
-    """
-    published = {"bottleneck_channels": 3, "min_size": 800, "max_size": 1333, "is_recipe": True}
-    config = content.get("config")
-    if not isinstance(config, dict) or "bottleneck_channels" not in config:  # torchdistill's
-        return published
-    config = published | {"is_recipe": False} | config
-    for name in ("bottleneck_channels", "min_size", "max_size"):
-        if type(config[name]) is not int or not 1 <= config[name] < 2**16:
-            raise InputError(f"{path} cannot be used: its config has {name} {config[name]!r}, not "
-                             "a whole number from 1 to 65,535")
-    return config
-
-
 # ---- split computing: head, bytes, tail ----------------------------------------------------------
 
-
-class Header(NamedTuple):
-    """What a payload starts with, packed as HEADER_FORMAT says; sizes are in pixels."""
-
-    magic: bytes
-    bits: int            # for each value: 32 and 16 are floats, 1 to 8 are quantized
-    channels: int        # of the values, (channels, rows, columns)
-    rows: int
-    columns: int
-    image_height: int    # of the image that the head was given
-    image_width: int
-    resized_height: int  # of what the detector's transform made of it, before padding
-    resized_width: int
-    scale: float         # of the quantizer
-    zero_point: int
-
-
-HEADER_FORMAT = struct.Struct("<4s" "B" "HHH" "II" "HH" "f" "B")
+# What a payload starts with. Sizes are in pixels.
+HEADER = np.dtype([
+    ("magic", "S4"),
+    ("bits", "u1"),              # for each value: 32 and 16 are floats, 1 to 8 are quantized
+    ("shape", "<u2", 3),         # of the values: channels, rows, columns
+    ("image_size", "<u4", 2),    # of the image that the head was given: height, width
+    ("resized_size", "<u2", 2),  # of what the detector's transform made of it, before padding
+    ("scale", "<f4"),            # of the quantizer
+    ("zero_point", "u1"),
+])
 MAGIC = b"GHND"
-MAX_BYTES = 2**26   # that a payload may hold when it is unzipped
-MAX_PIXELS = 2**28  # that its image may have, since masks are as large
+MAX_BYTES = 2**26   # of a payload's values when they are unzipped
+MAX_PIXELS = 2**28  # of its image: each mask is as large
 DTYPES = {32: torch.float32, 16: torch.float16} | dict.fromkeys(range(1, 9), torch.uint8)
 
 
@@ -514,9 +387,8 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, which has x's shape, and two scalars: x is about scale * (q - zero_point).
 
     bits: 32 and 16 give floats; 1 to 8 give uint8 values from 0 to 2^bits - 1, by Jacob et al.
-        (CVPR 2018). These are torchdistill's quantize_tensor bit for bit, also where x is all
-        positive or all negative and the clamped zero_point cuts its range; except that a constant
-        x, for which that divides by zero, is kept exactly.
+        (CVPR 2018). These are torchdistill's quantize_tensor bit for bit, also where a clamped
+        zero_point cuts the range; but a constant x is kept exactly, where that divides by 0.
     There are only tensor operations here, so that torch.export can follow.
     """
     if bits > 8:
@@ -549,34 +421,24 @@ class Head(nn.Module):
         super().__init__()
         body = student.backbone.body
         self.bits = bits
-        self.transform = student.transform
-        self.network = nn.Sequential(
-            body.conv1, body.bn1, body.relu, body.maxpool, body.layer1.encoder)
+        # Copies, so that Head and Tail can be on two devices.
+        self.transform = copy.deepcopy(student.transform)
+        self.network = copy.deepcopy(nn.Sequential(
+            body.conv1, body.bn1, body.relu, body.maxpool, body.layer1.encoder))
 
     def forward(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return quantize's q (1, channels, rows, columns), scale and zero point.
-
-        batch: (1, 3, H, W), one image, normalised, resized and padded as the transform does.
-        """
+        """Return quantize's results for a batch (1, 3, H, W) that the transform has prepared."""
         return quantize(self.network(batch), self.bits)
 
     @torch.inference_mode()
     def compress(self, image: Tensor) -> bytes:
-        """Return the payload for an image (3, h, w), float in [0, 1]: Header and values, zipped."""
+        """Return the payload for an image (3, h, w), float in [0, 1]: HEADER, zipped values."""
         images, _ = self.transform([image])
+        [resized_size] = images.image_sizes
         q, scale, zero_point = self(images.tensors)
-        _, channels, rows, columns = q.shape
-        _, image_height, image_width = image.shape
-        [(resized_height, resized_width)] = images.image_sizes
-        header = Header(
-            magic=MAGIC, bits=self.bits, channels=channels, rows=rows, columns=columns,
-            image_height=image_height, image_width=image_width, resized_height=resized_height,
-            resized_width=resized_width, scale=scale.item(), zero_point=int(zero_point))
-        zipper = zlib.compressobj()
-        payload = zipper.compress(HEADER_FORMAT.pack(*header))
-        payload += zipper.flush(zlib.Z_BLOCK)  # sharing a block, header and values would be longer
-        payload += zipper.compress(q.cpu().contiguous().numpy())
-        return payload + zipper.flush()
+        header = np.array((MAGIC, self.bits, q.shape[1:], image.shape[1:], resized_size,
+                           scale.item(), int(zero_point)), HEADER)
+        return header.tobytes() + zlib.compress(q.cpu().contiguous().numpy())
 
 
 class Tail(nn.Module):
@@ -591,67 +453,80 @@ class Tail(nn.Module):
     def detect(self, payload: bytes) -> dict[str, Tensor]:
         """Return torchvision's detections for a payload: boxes, labels, scores[, masks].
 
-        Masks are as large as the image was, by what the payload says.
-        Raises InputError if the payload is not a whole one of a student like this.
+        Masks have the original image's size, which the payload states.
+        Raises InputError if the payload is damaged, or comes from another student.
         """
         body = self.student.backbone.body
-        transform = self.student.transform
         header, q = unpack(payload)
-        resized = (header.resized_height, header.resized_width)
-        padded = padded_size(*resized)
-        # The sizes bound the memory that the values of a stranger can take in the decoder.
-        if (header.channels != self.channels or max(resized) > transform.max_size
-                or header.rows * header.columns > math.prod(padded)):
-            raise InputError(f"payload refused: it is for another student ({header})")
+        channels, rows, columns = header["shape"]
+        resized = tuple(header["resized_size"])
+        padded = padded_size(resized)
+        refusal = InputError(f"payload refused: it is for another student ({header})")
+        # The sizes bound the memory that an untrusted payload can use in the decoder.
+        if (channels != self.channels or rows * columns > math.prod(padded)
+                or max(resized) > self.student.transform.max_size):
+            raise refusal
+        x = dequantize(q.to(body.conv1.weight.device), header["scale"], header["zero_point"])
+        try:
+            x = body.layer1.decoder(x)
+        except RuntimeError as error:  # sizes that a layer cannot take, or too little memory
+            raise InputError(f"{refusal}: {textwrap.shorten(str(error), 300)}") from error
+        if x.shape != (1, 256, padded[0] // 4, padded[1] // 4):
+            raise refusal
 
-        x = dequantize(q.to(body.conv1.weight.device), header.scale, header.zero_point)
         maps = {}
         for layer, name in body.return_layers.items():  # layer1 to layer4
-            x = body.layer1.decoder(x) if layer == "layer1" else body[layer](x)
+            x = x if layer == "layer1" else body[layer](x)
             maps[name] = x
-
-        # From here on as in torchvision's GeneralizedRCNN.forward, where the RPN and the heads
-        # need the padded batch for its size alone.
-        features = self.student.backbone.fpn(maps)
-        images = ImageList(torch.empty(1, 3, *padded, device="meta"), [resized])
-        proposals, _ = self.student.rpn(images, features)
-        detections, _ = self.student.roi_heads(features, proposals, [resized])
-        image_size = (header.image_height, header.image_width)
-        return transform.postprocess(detections, [resized], [image_size])[0]
+        return detect_from_maps(self.student, maps, resized, tuple(header["image_size"]))
 
 
-def padded_size(height: int, width: int) -> tuple[int, int]:
-    """Return the size to which torchvision's detectors pad a resized image: multiples of 32."""
-    return 32 * math.ceil(height / 32), 32 * math.ceil(width / 32)
+def detect_from_maps(
+    detector: nn.Module, maps: dict[str, Tensor], resized: tuple[int, int],
+    image_size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Do what torchvision's GeneralizedRCNN.forward does after the body, for one image.
+
+    maps: backbone.body's. resized: the image's height and width in the padded batch.
+    image_size: height and width to which boxes and masks are scaled.
+    """
+    features = detector.backbone.fpn(maps)
+    # The RPN and the heads use only the size of the padded batch.
+    images = ImageList(torch.empty(1, 3, *padded_size(resized), device="meta"), [resized])
+    proposals, _ = detector.rpn(images, features)
+    detections, _ = detector.roi_heads(features, proposals, [resized])
+    return detector.transform.postprocess(detections, [resized], [image_size])[0]
 
 
-def unpack(payload: bytes) -> tuple[Header, Tensor]:
+def padded_size(resized: tuple[int, int]) -> list[int]:
+    """Return the height and width to which torchvision's transform pads a resized image."""
+    return [32 * math.ceil(side / 32) for side in resized]
+
+
+def unpack(payload: bytes) -> tuple[dict[str, Any], Tensor]:
     """Return a payload's header and its values, (1, channels, rows, columns).
 
     Raises InputError for a payload that is cut off, damaged, larger than MAX_BYTES, or none at all.
     """
+    if len(payload) < HEADER.itemsize or not payload.startswith(MAGIC):
+        raise InputError("payload refused: it was not made by a Head")
+    record = np.frombuffer(payload, HEADER, count=1)[0]
+    header = {name: record[name].tolist() for name in HEADER.names}  # ints that never overflow
+    dtype, shape = DTYPES.get(header["bits"], torch.float32), header["shape"]
+    count = math.prod(shape) * dtype.itemsize
+    sizes = [*shape, *header["image_size"], *header["resized_size"]]
+    if (header["bits"] not in DTYPES or min(sizes) < 1 or count > MAX_BYTES
+            or math.prod(header["image_size"]) > MAX_PIXELS
+            or not math.isfinite(header["scale"])):
+        raise InputError(f"payload refused: its sizes cannot be right ({header})")
     unzipper = zlib.decompressobj()
     try:
-        content = unzipper.decompress(payload, max_length=MAX_BYTES)
+        content = unzipper.decompress(payload[HEADER.itemsize:], max_length=count + 1)
     except zlib.error as error:
         raise InputError(f"payload refused: it cannot be unzipped ({error})") from error
-    if not unzipper.eof or unzipper.unused_data:
-        raise InputError("payload refused: it is cut off, goes on after its end, or is too large")
-    if len(content) < HEADER_FORMAT.size or not content.startswith(MAGIC):
-        raise InputError("payload refused: it was not made by a Head")
-
-    header = Header._make(HEADER_FORMAT.unpack_from(content))
-    shape = (1, header.channels, header.rows, header.columns)
-    image = (header.image_height, header.image_width)
-    resized = (header.resized_height, header.resized_width)
-    is_whole = (
-        header.bits in DTYPES
-        and math.isfinite(header.scale)
-        and min(*shape, *image, *resized) >= 1
-        and math.prod(image) <= MAX_PIXELS
-        and math.prod(shape) * DTYPES[header.bits].itemsize == len(content) - HEADER_FORMAT.size
-    )
-    if not is_whole:
-        raise InputError(f"payload refused: its sizes cannot be right ({header})")
-    values = bytearray(content[HEADER_FORMAT.size:])
-    return header, torch.frombuffer(values, dtype=DTYPES[header.bits]).view(shape)
+    if len(content) != count or not unzipper.eof or unzipper.unused_data:
+        raise InputError("payload refused: it is cut off, or goes on after its end")
+    values = torch.frombuffer(bytearray(content), dtype=dtype)
+    if not values.isfinite().all():
+        raise InputError(f"payload refused: values are not finite ({header['bits']} bits)")
+    return header, values.view(1, *shape)

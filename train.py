@@ -2,31 +2,28 @@
 
     torchrun --nproc_per_node=3 train.py --arch maskrcnn
 
-runs one of the two published experiments on any number of GPUs that divides 12. From Python,
-run_experiment does the same with any Experiment.
+runs one of the two published experiments on any number of GPUs that divides 12.
 """
 
 import argparse
 import contextlib
-import inspect
 import json
 import math
-import os
-import platform
-import re
-import sys
+import shlex
+import subprocess
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, get_type_hints
 
 import numpy as np
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
@@ -35,79 +32,120 @@ import distributed
 import evaluate
 import losses
 import models
-from distributed import InputError, log, plural, writing
+from distributed import InputError, log, writing
+
+Criterion = Callable[[list[Tensor], list[Tensor], Sequence[float]], tuple[Tensor, Tensor]]
+Predictor = Callable[[nn.Module], evaluate.Predict]
 
 # ---- the recipe ----------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Experiment:
     """The settings of a published experiment, or of one that differs from it.
 
-    The comments are the help texts of train.py's flags, which are made from these fields.
+    Each field is a flag of train.py; its text is the help.
     """
 
-    arch: str                            # "fasterrcnn" or "maskrcnn"
-    bottleneck_channels: int = 3         # channels that are sent
-    layer_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # of the loss; HND has 1 0 0 0
-    epochs: int = 20                     # passes over the images
-    images_per_step: int = 12            # over all processes and micro-batches together
-    reference_batch: int = 4             # images that the loss is scaled to, as on a GPU of 2020
-    lr: float = 1e-3                     # of Adam, for any number of processes; no weight decay
-    lr_drops: tuple[int, ...] = (5, 15)  # epochs, counted from 0, at whose start lr is reduced
-    lr_drop_factor: float = 0.1          # by which lr is multiplied at each drop
-    min_size: int = 800                  # pixels of an image's shorter side after resizing ...
-    max_size: int = 1333                 # ... unless the longer side would have more than this
-    seed: int = 0                        # of layer1's initial values, the images' order, the flips
+    arch: str  # "fasterrcnn" or "maskrcnn"
+    bottleneck_channels: Annotated[int, "channels that models.Bottleneck sends"] = 3
+    layer_weights: Annotated[tuple[float, ...], "of layer1 to layer4; HND: 1 0 0 0"] = (1.0,) * 4
+    epochs: Annotated[int, "passes over the images"] = 20
+    images_per_step: Annotated[int, "images over all processes and micro-batches together"] = 12
+    reference_batch: Annotated[int, "images that the loss is scaled to, as on a GPU of 2020"] = 4
+    lr: Annotated[float, "learning rate of Adam, for any number of processes"] = 1e-3
+    lr_drops: Annotated[tuple[int, ...], "epochs (from 0) that begin with a lower lr"] = (5, 15)
+    lr_drop_factor: Annotated[float, "factor of lr at each drop"] = 0.1
+    min_size: Annotated[int, "pixels to which an image's shorter side is resized"] = 800
+    max_size: Annotated[int, "pixels that the longer side has at most"] = 1333
+    seed: Annotated[int, "seed of layer1's initial values, the images' order, the flips"] = 0
+    amp: Annotated[str | None, "bf16: both bodies run in bfloat16, the loss in float32"] = None
 
     def __post_init__(self) -> None:
-        for name in ("bottleneck_channels", "epochs", "images_per_step", "reference_batch",
-                     "min_size", "max_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or more",
-                                 on_all_processes=True)
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1",
-                             on_all_processes=True)
-        if len(self.layer_weights) != 4:
+        for name, value in asdict(self).items():
+            least = 1 if type(value) is int and name != "seed" else 0
+            if type(value) in (int, float) and not least <= value < 2**63:
+                raise InputError(f"{name} is {value}; it must be from {least} to 2^63 - 1")
+        if len(self.layer_weights) != 4 or not any(self.layer_weights):
             raise InputError(f"layer_weights are {self.layer_weights}; there must be one for each "
-                             "of 4 layers", on_all_processes=True)
+                             "of 4 layers, and not only zeros")
 
 
-FASTERRCNN = Experiment("fasterrcnn")
-MASKRCNN = Experiment("maskrcnn")
-EXPERIMENTS = {"fasterrcnn": FASTERRCNN, "maskrcnn": MASKRCNN}
-RECIPE_IMAGES = 117_266  # of train2017 that have a box of more than a pixel
-LOG_EVERY = 100          # steps; these two are the defaults of their flags
-SAVE_EVERY = 2000
+EXPERIMENTS = {arch: Experiment(arch) for arch in ("fasterrcnn", "maskrcnn")}
 
-# The published runs, epoch by epoch: the mean loss, and the box AP where it was better than in all
-# epochs before. The loss is the mean of an epoch's first 9,001 steps, the last that the logs give.
-# Source: the logs beside torchdistill's rrpr2020 configurations (arXiv 2011.12913).
-PUBLISHED_EPOCHS = {
-    "fasterrcnn": (
-        (2.337e6, 0.3519), (1.174e6, 0.3545), (1.094e6, None), (1.054e6, 0.3549),
-        (1.027e6, 0.3558), (0.982e6, 0.3578), (0.975e6, 0.3579), (0.972e6, None),
-        (0.968e6, None), (0.967e6, None), (0.962e6, None), (0.961e6, 0.3586),
-        (0.957e6, None), (0.957e6, None), (0.954e6, None), (0.947e6, None),
-        (0.948e6, None), (0.946e6, None), (0.950e6, None), (0.947e6, None),
-    ),
-    "maskrcnn": (
-        (2.499e6, 0.3601), (1.482e6, 0.3659), (1.392e6, None), (1.398e6, None),
-        (1.286e6, None), (1.256e6, 0.3684), (1.210e6, None), (1.202e6, None),
-        (1.195e6, 0.3690), (1.191e6, None), (1.184e6, 0.3691), (1.184e6, None),
-        (1.174e6, None), (1.174e6, None), (1.171e6, None), (1.161e6, None),
-        (1.161e6, None), (1.158e6, None), (1.165e6, None), (1.159e6, None),
-    ),
-}
+# ---- the loop ------------------------------------------------------------------------------------
+
+def train_step(
+    student_body: nn.Module, teacher_body: nn.Module, transform: nn.Module,
+    micro_batches: Sequence[Sequence[Tensor]], optimizer: torch.optim.Optimizer,
+    criterion: Criterion = losses.ghnd_loss, layer_weights: Sequence[float] = (1, 1, 1, 1),
+    loss_scale: float = 1.0, bf16: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train the student's body by one step, with the gradients of all micro-batches added up.
+
+    student_body, teacher_body: models.training_bodies; with several processes, the former is
+        wrapped for DDP. transform: the detector's.
+    micro_batches: lists of images, uint8 (3, h, w).
+    criterion: losses.ghnd_loss, or another function of its arguments and results; layer_weights
+        go there. loss_scale: factor of each micro-batch's loss.
+    bf16: whether to run both bodies under autocast.
+    Returns loss, squared errors (layers,) and squared norms (layers,), on the device, in float64,
+    summed over this process's micro-batches. Nothing here waits for the device.
+    """
+    device = next(student_body.parameters()).device
+    student_body.train()
+    step_loss = step_errors = step_norms = 0.0
+    optimizer.zero_grad()
+    for number, images in enumerate(micro_batches, start=1):
+        images = [image.to(device, non_blocking=True) / 255 for image in images]
+        batch = transform(images)[0].tensors  # (B, 3, H, W): normalised, resized, padded
+
+        # Gradients go over the network in the last backward pass: they are accumulated by then.
+        student_body.require_backward_grad_sync = number == len(micro_batches)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                teacher_maps = list(teacher_body(batch).values())
+            student_maps = list(student_body(batch).values())
+        loss, errors = criterion(student_maps, teacher_maps, layer_weights)
+        loss = loss * loss_scale
+        # DistributedDataParallel divides the summed gradients by the number of processes.
+        (loss * distributed.world_size()).backward()
+
+        step_loss += loss.detach().double()
+        step_errors += errors.detach().double()
+        step_norms += losses.squared_norms(teacher_maps).double()
+        del student_maps, teacher_maps  # free them before the next forward pass
+    optimizer.step()
+    return step_loss, step_errors, step_norms
 
 
-def build_optimizer(
-    student: nn.Module, experiment: Experiment
-) -> tuple[torch.optim.Adam, MultiStepLR]:
+class Meter:
+    """Adds up what train_step returns, and the time, since it was made."""
+
+    def __init__(self) -> None:
+        self.steps = []    # what train_step returned
+        self.waited = 0.0  # seconds, for images
+        self.begin = time.perf_counter()
+
+    def read(self, images_per_step: int) -> dict[str, Any]:
+        """Return the means over all processes, and the times of this one. Waits for the device."""
+        loss, errors, norms = (distributed.sum_over_processes(torch.stack(values).sum(0))
+                               for values in zip(*self.steps, strict=True))
+        seconds = (time.perf_counter() - self.begin) / len(self.steps)
+        return {
+            "loss": loss.item() / len(self.steps),
+            "relative_errors": (errors / norms).tolist(),  # of each layer
+            "images_per_second": images_per_step / seconds,
+            "data_wait": self.waited / len(self.steps) / seconds,  # share of the time
+            "gpu_memory_mib": torch.cuda.max_memory_allocated() / 2**20,
+        }
+
+
+# ---- an experiment -------------------------------------------------------------------------------
+
+def build_optimizer(student: nn.Module, experiment: Experiment) -> tuple[Adam, MultiStepLR]:
     """Return Adam over the trainable parameters, and a schedule to be stepped after each epoch."""
     trainable = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, experiment.lr)
+    optimizer = Adam(trainable, experiment.lr)
     scheduler = MultiStepLR(optimizer, experiment.lr_drops, experiment.lr_drop_factor)
     return optimizer, scheduler
 
@@ -115,388 +153,261 @@ def build_optimizer(
 def share_step(images_per_step: int, processes: int) -> tuple[int, int]:
     """Return (images in a micro-batch, micro-batches that a process accumulates in a step).
 
-    A micro-batch has at most 4 images. It is what BatchNorm sees: on 1 or 3 processes, 4 images,
-    as in the original.
-    Raises InputError if the processes cannot share a step evenly.
+    A micro-batch is what BatchNorm sees: at most 4 images; on 1 or 3 processes 4, as originally.
     """
     share, rest = divmod(images_per_step, processes)
     if rest:
         raise InputError(f"{processes} processes cannot share {images_per_step} images a step "
-                         "evenly; change --nproc_per_node or --images-per-step",
-                         on_all_processes=True)
+                         "evenly; change --nproc_per_node or --images-per-step")
     micro_batch = max(size for size in (1, 2, 3, 4) if share % size == 0)
     return micro_batch, share // micro_batch
 
 
-# ---- one epoch -----------------------------------------------------------------------------------
-
-
-def train_epoch(
-    experiment: Experiment,
-    run: "Run",
-    student_body: nn.Module,
-    teacher_body: nn.Module,
-    transform: nn.Module,
-    loader: DataLoader,
-    criterion: Callable[..., Any] = losses.ghnd_loss,
-    amp: str | None = None,
-    log_every: int = LOG_EVERY,
-    save_every: int = SAVE_EVERY,
-) -> Iterator[dict[str, Any]]:
-    """Train to the end of run.epoch, from run.step on; yield records of progress.
-
-    A record comes after the first step, every log_every and save_every steps, and after the last.
-    `run` then says how far training has come; if "is_saved", the caller saves it.
-    student_body, teacher_body: models.training_bodies; the former may be wrapped for DDP.
-    transform: the detector's. loader: data.train_loader's.
-    criterion: losses.ghnd_loss, or another function of its arguments and results.
-    amp: "bf16" to run both bodies under autocast.
-    Raises FloatingPointError, on every process, if the loss is no longer finite.
-    """
-    device = next(student_body.parameters()).device
-    layout = models.memory_format(device)
-    processes = distributed.world_size()
-    _, accumulation = share_step(experiment.images_per_step, processes)
-    first, last = run.step + 1, len(loader) // accumulation
-    # In 2020 each of 3 GPUs summed the errors of 4 images, and gradients were averaged over the
-    # GPUs. So a step's loss and gradient are those of (sum over its 12 images) * 4 / 12.
-    loss_scale = experiment.reference_batch / experiment.images_per_step
-
-    loader.batch_sampler.epoch = run.epoch
-    loader.batch_sampler.first_batch = run.step * accumulation
-    batches = iter(loader)
-    layers = len(experiment.layer_weights)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    squared_sums = torch.zeros(2, layers, dtype=torch.float64, device=device)  # errors; norms
-    waited, begin = 0.0, time.perf_counter()
-    student_body.train()
-    for step in range(first, last + 1):
-        # The default student draws no random numbers. For one that does: they differ between the
-        # processes, and are the same after resuming.
-        seeds = np.random.SeedSequence((experiment.seed, run.epoch, step, distributed.rank()))
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
-        run.optimizer.zero_grad()
-        for micro_step in range(1, accumulation + 1):
-            wait_begin = time.perf_counter()
-            images = next(batches)                # each uint8 (3, h, w)
-            waited += time.perf_counter() - wait_begin
-
-            images = [image.to(device, non_blocking=True) / 255 for image in images]
-            batch = transform(images)[0].tensors  # (B, 3, H, W): normalised, resized, padded
-            batch = batch.contiguous(memory_format=layout)
-
-            # DistributedDataParallel averages gradients over the processes in a backward pass.
-            # The last one is enough, since it includes what the others have accumulated.
-            student_body.require_backward_grad_sync = micro_step == accumulation
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
-                with torch.no_grad():
-                    teacher_maps = list(teacher_body(batch).values())
-                student_maps = list(student_body(batch).values())
-            loss, errors = criterion(student_maps, teacher_maps, experiment.layer_weights)
-            loss = loss * loss_scale
-            # DistributedDataParallel divides the summed gradients by the number of processes.
-            (loss * processes).backward()
-
-            loss_sum += loss.detach()
-            squared_sums += torch.stack([errors, losses.squared_norms(teacher_maps)])
-            del student_maps, teacher_maps  # or they would stay until the next batch has its own
-        run.optimizer.step()
-
-        is_saved = step % save_every == 0 or step == last
-        if step == first or step % log_every == 0 or is_saved:
-            # The only place in the loop that waits for the device.
-            count = step - run.step  # steps since the last record
-            mean_loss = distributed.sum_over_processes(loss_sum).item() / count
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"the loss is {mean_loss} between steps {run.step} and "
-                                         f"{step} of epoch {run.epoch}")
-            error_sums, norm_sums = distributed.sum_over_processes(squared_sums)
-            seconds = (time.perf_counter() - begin) / count
-            run.step = step
-            run.loss_sum += mean_loss * count
-            yield {
-                "kind": "step",
-                "epoch": run.epoch,
-                "step": step,
-                "steps": last,
-                "is_saved": is_saved,
-                "loss": mean_loss,
-                "relative_errors": (error_sums / norm_sums).tolist(),
-                "lr": run.optimizer.param_groups[0]["lr"],
-                "images_per_second": experiment.images_per_step / seconds,
-                "data_wait": waited / count / seconds,  # share of the time
-                "gpu_memory_mib": torch.cuda.max_memory_allocated() / 2**20,
-                # Of training alone, without validation.
-                "hours_left": seconds / 3600 * (last * (experiment.epochs - run.epoch) - step),
-            }
-            loss_sum.zero_()
-            squared_sums.zero_()
-            waited, begin = 0.0, time.perf_counter()
-
-
-def describe_step(record: dict[str, Any]) -> str:
-    """Return a line of progress for a record of train_epoch."""
-    relative_errors = " ".join(f"{error:.3f}" for error in record["relative_errors"])
-    line = (f"epoch {record['epoch']} step {record['step']}/{record['steps']} "
-            f"loss {record['loss']:.4e} relative errors {relative_errors} lr {record['lr']:.0e} "
-            f"{record['images_per_second']:.1f} img/s, data wait {record['data_wait']:.0%}")
-    if record["gpu_memory_mib"]:
-        line += f", {record['gpu_memory_mib']:.0f} MiB"
-    if record["hours_left"] >= 0.05:
-        line += f", {record['hours_left']:.1f} h left"
-    return line
-
-
-# ---- an experiment -------------------------------------------------------------------------------
-
-
 def run_experiment(
-    experiment: Experiment,
-    *,
-    data_dir: Path,
-    output_dir: Path,
-    teacher_ckpt: Path | None = None,
-    teacher_eps: float | None = None,
-    resume: bool = False,
-    amp: str | None = None,
-    compiled: bool = False,
-    device: str = "auto",
-    workers: int = 4,
-    limit_train: int | None = None,
-    limit_val: int | None = None,
-    log_every: int = LOG_EVERY,
-    save_every: int = SAVE_EVERY,
-    bottleneck: models.MakeBottleneck | None = None,
-    criterion: Callable[..., Any] = losses.ghnd_loss,
-    predictor: Callable[[nn.Module], evaluate.Predict] = evaluate.whole,
+    experiment: Experiment, args: argparse.Namespace, folder: "RunFolder",
+    bottleneck: models.MakeBottleneck | None, criterion: Criterion, predictor: Predictor
 ) -> dict[str, evaluate.Metrics]:
     """Train, validate and save a student; return the metrics of teacher, student and agreement.
 
     After each epoch the student is validated, and the best checkpoint is written if its box AP is
-    the best so far; the test at the end is of that. Settings are those of the command line, and:
-    bottleneck: as in models.make_bottleneck, made after the experiment's seed was set.
-    criterion: the loss, as in train_epoch.
-    predictor: a function of the student that returns what is validated and tested.
+    the best so far; the final test uses that checkpoint.
+    args: parse_args's. bottleneck, criterion, predictor: as in `main`.
     """
-    device = distributed.set_up(device)
-    if amp == "bf16" and not models.has_bf16(device):
-        raise InputError(f"--amp bf16: this {device.type} has no fast bfloat16; leave it out",
-                         on_all_processes=True)
-    micro_batch, accumulation = share_step(experiment.images_per_step, distributed.world_size())
-    for split in ("train2017", "val2017"):
-        distributed.on_main(data.split_paths, data_dir, split)
-    layer1 = make_layer1(experiment, bottleneck)
+    checkpoint = distributed.on_main(folder.lock_and_read, args.resume)
+    distributed.log_to(folder.log)
+    processes = distributed.world_size()
+    micro_batch, accumulation = distributed.on_main(
+        share_step, experiment.images_per_step, processes)
+    student, teacher = distributed.on_main_first(
+        build_detectors, experiment, args, bottleneck, predictor)
+    val = evaluate.ValSet(args.data_dir, teacher, args.limit_val)
+    images, images_folder = distributed.on_main(
+        data.load_train_split, args.data_dir, experiment.max_size, args.limit_train,
+        experiment.images_per_step, val.coco.cats)
+    distributed.on_main(data.check_workers, images, micro_batch, args.workers)
+    loader = data.train_loader(
+        images, images_folder, micro_batch, experiment.seed, args.workers, args.device)
     config = asdict(experiment) | {
-        "bottleneck_channels": models.check_bottleneck(layer1),
-        "amp": amp,
-        "bottleneck": models.name_of(layer1),
-        "criterion": models.name_of(criterion),
-        "predictor": models.name_of(predictor),
+        "bottleneck_channels": models.check_bottleneck(student.backbone.body.layer1),
+        "bottleneck": name_of(student.backbone.body.layer1),
+        "criterion": name_of(criterion),
+        "predictor": name_of(predictor),
+        "train_images": len(images),
+        "val_images": len(val.images),
     }
-    start = describe_start(config, device, data_dir, teacher_ckpt, teacher_eps, compiled)
+    run = Run(student, *build_optimizer(student, experiment), config)
+    if checkpoint:
+        distributed.on_main_first(run.load, checkpoint, folder.last)
+        del checkpoint  # 170 MB
+    start = describe_start(config, args)
+    distributed.on_main(folder.record, start)
+    log(json.dumps(start))
+    log(f"from epoch {run.epoch}, step {run.step} on: {len(images):,} images; a step is "
+        f"{processes} process(es) x {accumulation} micro-batch(es) of {micro_batch} image(s), "
+        "which is what BatchNorm sees (4 in the original)")
 
-    folder = RunFolder(output_dir, experiment.arch)
-    with folder.claimed(start, resume) as checkpoint, distributed.logging_to(folder.log):
-        log(json.dumps(start))
-        distributed.on_main(check_config, checkpoint, config, folder.last)
-        teacher = distributed.on_main_first(
-            models.load_teacher, experiment.arch, teacher_ckpt, experiment.min_size,
-            experiment.max_size, teacher_eps)
-        student = models.build_student(teacher, layer1)
-        images, images_folder = data.load_train_split(data_dir, experiment.max_size, limit_train)
-        if len(images) < experiment.images_per_step:
-            raise InputError(f"{len(images)} images to train on are fewer than one step's "
-                             f"{experiment.images_per_step}: see --limit-train, --images-per-step",
-                             on_all_processes=True)
-        loader = data.train_loader(
-            images, images_folder, micro_batch, experiment.seed, workers, device)
-        val = evaluate.ValSet(data_dir, teacher, limit_val)
-        is_recipe = (follows_recipe(config, len(images)) and not teacher_eps
-                     and distributed.on_main(models.is_coco_v1, experiment.arch, teacher_ckpt))
-        config = config | {"train_images": len(images), "val_images": len(val.images),
-                           "is_recipe": is_recipe}
-        distributed.on_main(check_config, checkpoint, config, folder.last)
+    step = build_step(student, teacher, experiment, criterion, args.compiled)
+    while run.epoch < experiment.epochs:
+        train_to_epoch_end(run, step, loader, accumulation, folder, args)
+        distributed.broadcast_buffers(student.backbone.body.layer1)
+        student.eval()
+        metrics, _ = evaluate.evaluate(
+            predictor(student), val, args.device, args.workers, f"validation {run.epoch}")
+        distributed.on_main(report_epoch, run, metrics, folder)
+        # PyTorch warns here where a run was killed in validation: it had no step left to train.
+        run.scheduler.step()
+        run.epoch += 1
+        run.step, run.loss_sum = 0, 0.0
 
-        models.to_device(teacher, device)
-        models.to_device(student, device)
-        run = Run(student, *build_optimizer(student, experiment))
-        if checkpoint:
-            run.load(checkpoint, folder.last)
-            del checkpoint  # 170 MB
-        bodies = prepare_bodies(student, teacher, amp, compiled)
-        loss = torch.compile(criterion, dynamic=True) if compiled else criterion
-
-        log(f"{experiment.arch} on {device}, from epoch {run.epoch}, step {run.step} on: "
-            f"{plural(len(images), 'image')}; a step is "
-            f"{plural(distributed.world_size(), 'process', 'processes')} x "
-            f"{plural(accumulation, 'micro-batch', 'micro-batches')} x "
-            f"{plural(micro_batch, 'image')}")
-        while run.epoch < experiment.epochs:
-            for record in train_epoch(
-                    experiment, run, *bodies, teacher.transform, loader, loss, amp, log_every,
-                    save_every):
-                log(describe_step(record))
-                folder.record(record)
-                if record["is_saved"]:
-                    folder.save(folder.last, run.content(config))
-            distributed.broadcast_buffers(student.backbone.body.layer1)
-            student.eval()
-            metrics, _ = evaluate.evaluate(
-                predictor(student), val, device, workers, f"validation {run.epoch}")
-            report_epoch(run, metrics, folder, config, evaluate.published_ap(student, config, val))
-            run.start_next_epoch()
-        return test(student, predictor, teacher, val, config, device, workers, folder)
+    content = distributed.on_main(models.load_checkpoint, folder.best)
+    models.load_weights(student, content["model"], folder.best)
+    log(f"test of {folder.best}")
+    metrics, _, _ = evaluate.compare(predictor(student), teacher, val, args.device, args.workers)
+    distributed.on_main(folder.record, {"kind": "test", "metrics": metrics})
+    return metrics
 
 
-def make_layer1(experiment: Experiment, bottleneck: models.MakeBottleneck | None) -> nn.Module:
-    """Return the student's layer1, made after the experiment's seed was set.
-
-    Raises InputError if the experiment asks for channels that the given bottleneck does not have.
-    """
-    torch.manual_seed(experiment.seed)
-    layer1 = models.make_bottleneck(bottleneck, experiment.bottleneck_channels)
-    channels = models.check_bottleneck(layer1)
-    if experiment.bottleneck_channels not in (Experiment.bottleneck_channels, channels):
+def build_detectors(
+    experiment: Experiment, args: argparse.Namespace, bottleneck: models.MakeBottleneck | None,
+    predictor: Predictor
+) -> tuple[nn.Module, nn.Module]:
+    """Return student and teacher on their device; try the predictor, if it is not the default."""
+    teacher = models.load_teacher(
+        experiment.arch, args.teacher_ckpt, experiment.min_size, experiment.max_size,
+        args.teacher_eps)
+    torch.manual_seed(experiment.seed)  # for layer1's initial values
+    student = models.build_student(
+        teacher, bottleneck or partial(models.Bottleneck, experiment.bottleneck_channels))
+    sent = models.check_bottleneck(student.backbone.body.layer1)
+    if getattr(args, "bottleneck_channels", sent) != sent:
         raise InputError(f"--bottleneck-channels {experiment.bottleneck_channels}: the bottleneck "
-                         f"that was given sends {channels}", on_all_processes=True)
-    return layer1
+                         f"that was given sends {sent}")
+    if experiment.amp and not models.has_bf16(args.device):
+        raise InputError(f"--amp bf16: this {args.device} has no fast bfloat16; leave it out")
+    models.to_device(teacher, args.device)
+    models.to_device(student, args.device)
+    if predictor is not evaluate.whole:  # otherwise a faulty one fails only after the first epoch
+        with torch.inference_mode():
+            evaluate.to_coco(0, predictor(student)(torch.rand(3, 120, 160, device=args.device)))
+    return student, teacher
 
 
-def describe_start(
-    config: dict[str, Any], device: torch.device, data_dir: Path, teacher_ckpt: Path | None,
-    teacher_eps: float | None, compiled: bool
-) -> dict[str, Any]:
+def name_of(part: Any) -> str:
+    """Return "module.name" of a class or a function, or of an object's class."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def describe_start(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return the record of what is run, and with what."""
+    folder = shlex.quote(str(Path(__file__).parent))
+    is_cuda = args.device.type == "cuda"
     return {
         "kind": "start",
-        "command": sys.argv,
         "config": config,
-        "data_dir": str(data_dir),
-        "teacher": str(teacher_ckpt or "COCO_V1"),
-        "teacher_eps": teacher_eps,
-        "compiled": compiled,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "flags": {name: str(value) for name, value in vars(args).items()},
+        "device": torch.cuda.get_device_name(args.device) if is_cuda else "cpu",
         "processes": distributed.world_size(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__, "numpy": np.__version__},
+        "versions": {part.__name__: part.__version__ for part in (torch, torchvision, np)},
+        "commit": subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null"),
     }
 
 
-def follows_recipe(config: dict[str, Any], train_images: int) -> bool:
-    """Return whether a run has the settings of a published experiment, with any seed."""
-    recipe = default_config(config["arch"])
-    return train_images == RECIPE_IMAGES and config | {"seed": 0} == recipe
-
-
-def default_config(arch: str) -> dict[str, Any]:
-    """Return the settings that decide on the result of a run, as they are by default."""
-    return asdict(Experiment(arch)) | {
-        "amp": None,
-        "bottleneck": models.name_of(models.Bottleneck),
-        "criterion": models.name_of(losses.ghnd_loss),
-        "predictor": models.name_of(evaluate.whole),
-    }
-
-
-def prepare_bodies(
-    student: nn.Module, teacher: nn.Module, amp: str | None, compiled: bool
-) -> tuple[nn.Module, nn.Module]:
-    """Return models.training_bodies as this run needs them: in bf16, compiled, on N processes."""
-    student_body, teacher_body = models.training_bodies(student, teacher, bf16=amp == "bf16")
+def build_step(
+    student: nn.Module, teacher: nn.Module, experiment: Experiment, criterion: Criterion,
+    compiled: bool
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return train_step for this run: a function of micro_batches and optimizer."""
+    layer_weights = np.trim_zeros(experiment.layer_weights, "b")  # HND needs layer1 alone
+    bf16 = experiment.amp == "bf16"
+    student_body, teacher_body = models.training_bodies(student, teacher, bf16, len(layer_weights))
     if compiled:
         # In place, so that no wrapper renames the weights; dynamic, so once for all image sizes.
         student_body.compile(dynamic=True)
         teacher_body.compile(dynamic=True)
+        criterion = torch.compile(criterion, dynamic=True)
     if distributed.world_size() > 1:
-        student_body = DistributedDataParallel(student_body)
-        # BatchNorm's statistics are shared at the end of an epoch and not, as by default, in each
-        # step. It is no argument above, because torch 2.14 has renamed the argument.
-        student_body.broadcast_buffers = False
-    return student_body, teacher_body
+        # find_unused_parameters, as in the original: without it, gradients are summed in another
+        # order from the second step on, and a resumed run would not be the same to the last bit.
+        student_body = DistributedDataParallel(student_body, find_unused_parameters=True)
+    return partial(
+        train_step, student_body, teacher_body, teacher.transform, criterion=criterion,
+        layer_weights=layer_weights, bf16=bf16,
+        # In 2020 each of 3 GPUs summed the errors of 4 images, and gradients were averaged over
+        # the GPUs. So a step's loss and gradient are those of (sum over its 12 images) * 4 / 12.
+        loss_scale=experiment.reference_batch / experiment.images_per_step)
 
 
-def report_epoch(
-    run: "Run", metrics: evaluate.Metrics, folder: "RunFolder", config: dict[str, Any],
-    published: dict[str, Any]
+def train_to_epoch_end(
+    run: "Run", step_function: Callable[..., tuple[Tensor, Tensor, Tensor]], loader: DataLoader,
+    accumulation: int, folder: "RunFolder", args: argparse.Namespace
 ) -> None:
-    """Log and record a validated epoch, and save the student if it is the best so far.
+    """Train to the last step of run.epoch, from run.step on; log, record and save on the way.
 
-    published: evaluate.published_ap's; the published epoch is logged where there is any.
+    step_function: build_step's. loader: data.train_loader's, with `accumulation` batches a step.
+    Raises InputError if the loss is no longer finite.
     """
+    config = run.config
+    first, last = run.step + 1, len(loader) // accumulation
+    loader.batch_sampler.epoch = run.epoch
+    loader.batch_sampler.first_batch = run.step * accumulation
+    batches = iter(loader)  # this draws a random number, so it comes before a step's seed
+    meter = Meter()
+    for step in range(first, last + 1):
+        # The default student draws no random numbers. If yours does: each process and step has a
+        # seed of its own, which a resumed run repeats.
+        seed = np.random.SeedSequence((config["seed"], run.epoch, step, distributed.rank()))
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+        wait_begin = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        meter.waited += time.perf_counter() - wait_begin
+        meter.steps.append(step_function(micro_batches, run.optimizer))
+
+        is_saved = step % args.save_every == 0 or step == last
+        if step == first or step % args.log_every == 0 or is_saved:
+            reading = meter.read(config["images_per_step"])  # waits for the device
+            run.loss_sum += reading["loss"] * (step - run.step)
+            run.step = step
+            distributed.on_main(report_step, run, reading, last, folder)
+            if is_saved:
+                distributed.on_main(folder.save, folder.last, run.content())
+            meter = Meter()  # here, so that the time for saving is not counted
+
+
+def report_step(run: "Run", reading: dict[str, Any], last: int, folder: "RunFolder") -> None:
+    """Log and record Meter's reading; last: the steps in an epoch. InputError if not finite."""
+    if not math.isfinite(reading["loss"]):
+        raise InputError(f"the loss is {reading['loss']} at or before epoch {run.epoch}, step "
+                         f"{run.step}; last.pt is of before that")
+    lr = run.optimizer.param_groups[0]["lr"]
+    steps_left = last * (run.config["epochs"] - run.epoch) - run.step
+    hours = run.config["images_per_step"] * steps_left / reading["images_per_second"] / 3600
+    folder.record({"kind": "step", "epoch": run.epoch, "step": run.step, "steps": last, "lr": lr,
+                   **reading, "hours_left": hours})  # of training alone, without validation
+    relative_errors = " ".join(f"{error:.3f}" for error in reading["relative_errors"])
+    log(f"epoch {run.epoch} step {run.step}/{last} loss {reading['loss']:.4e} relative errors "
+        f"{relative_errors} lr {lr:.0e} {reading['images_per_second']:.1f} img/s, data wait "
+        f"{reading['data_wait']:.0%}, GPU {reading['gpu_memory_mib']:.0f} MiB, {hours:.1f} h left")
+
+
+def report_epoch(run: "Run", metrics: evaluate.Metrics, folder: "RunFolder") -> None:
+    """Log and record a validated epoch, and save the student if it is the best so far."""
     loss = run.loss_sum / run.step
     box_ap = metrics["bbox"]["AP"]
-    before = f", best before {run.best_box_ap:.4f}" if run.best_box_ap > -math.inf else ""
-    log(f"epoch {run.epoch}: mean loss {loss:.4e}, box AP {box_ap:.4f}{before}")
-    if published:
-        published_loss, published_box_ap = PUBLISHED_EPOCHS[config["arch"]][run.epoch]
-        log(f"    published: mean loss {published_loss:.4e} (of the first 9,001 steps), box AP "
-            f"{published_box_ap or 'no better than before'}")
-    is_best = run.is_best(box_ap)
+    is_best = box_ap > run.best_box_ap or box_ap < 0  # COCO's -1: no objects; the newest counts
+    log(f"epoch {run.epoch}: mean loss {loss:.4e}, box AP {box_ap:.4f}"
+        + ", the best so far" * is_best)
     folder.record({"kind": "epoch", "epoch": run.epoch, "loss": loss, "metrics": metrics,
                    "best": is_best})
     if is_best:
         run.best_box_ap = box_ap
-        folder.save(folder.best, run.content(config))
-
-
-def test(
-    student: nn.Module, predictor: Callable[[nn.Module], evaluate.Predict], teacher: nn.Module,
-    val: evaluate.ValSet, config: dict[str, Any], device: torch.device, workers: int,
-    folder: "RunFolder"
-) -> dict[str, evaluate.Metrics]:
-    """Load the best checkpoint; log, record and return the metrics of teacher and student."""
-    content = distributed.on_main(models.load_checkpoint, folder.best)
-    models.load_weights(student.eval(), models.detector_state(content, folder.best), folder.best)
-    teacher_metrics, teacher_results = evaluate.evaluate(
-        evaluate.whole(teacher), val, device, workers, "test of the teacher")
-    student_metrics, student_results = evaluate.evaluate(
-        predictor(student), val, device, workers, "test of the student")
-    metrics = {
-        "teacher": teacher_metrics,
-        "student": student_metrics,
-        "agreement": evaluate.agreement(val, student_results, teacher_results),
-    }
-    folder.record({"kind": "test", "metrics": metrics})
-    published = evaluate.published_ap(student, config, val)
-    log(f"{folder.best}\n{evaluate.metrics_table(metrics, published)}")
-    return metrics
+        folder.save(folder.best, run.content())
 
 
 # ---- a run and its folder ------------------------------------------------------------------------
-
 
 @dataclass
 class Run:
     """All that training changes: weights, optimizer, schedule, and how far it has come."""
 
     student: nn.Module
-    optimizer: torch.optim.Adam
+    optimizer: Adam
     scheduler: MultiStepLR
-    epoch: int = 0         # that is being trained or validated, counted from 0
-    step: int = 0          # steps of this epoch that are done, as of the last record
-    loss_sum: float = 0.0  # over these steps
+    config: dict[str, Any]  # the settings, and the numbers of images: not changed
+    epoch: int = 0          # being trained or validated, counted from 0
+    step: int = 0           # steps done in this epoch, as of the last record
+    loss_sum: float = 0.0   # over these steps
     best_box_ap: float = -math.inf
 
-    def content(self, config: dict[str, Any]) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """Return what a checkpoint holds. Up to "args", these are torchdistill's entries."""
         return {
             "model": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.scheduler.state_dict(),
             "best_value": self.best_box_ap,
-            "config": config,
+            "config": self.config,
             "args": None,
             "progress": {"epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum},
         }
 
     def load(self, content: dict[str, Any], path: Path) -> None:
-        """Go on with the run that wrote a checkpoint. Raises InputError for another teacher."""
-        state = models.detector_state(content, path)
-        # The student's frozen weights are still its teacher's own.
-        other = models.other_than_teacher(state, self.student.state_dict())
-        if other:
-            raise InputError(f"{path} belongs to another teacher, with another {other}; resume "
-                             "with the same teacher")
+        """Go on with the run that wrote a checkpoint.
+
+        Raises InputError if it had another teacher or other settings; epochs may change.
+        """
+        # Fields added since the file was written count as their defaults.
+        before = asdict(Experiment(self.config["arch"])) | content["config"]
+        for name, value in self.config.items():
+            if name != "epochs" and before.get(name) != value:
+                raise InputError(f"{path} belongs to a run with {name} {before.get(name)}, not "
+                                 f"{value}; give the same settings, or another --output-dir")
+        state = content["model"]
+        # The frozen weights in the file are its teacher's, so they show which teacher it had.
+        difference = models.first_difference(state, self.student.state_dict())
+        if difference:
+            raise InputError(f"{path} belongs to another teacher, with another {difference}; "
+                             "resume with the same teacher")
         models.load_weights(self.student, state, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["lr_scheduler"])
@@ -505,25 +416,9 @@ class Run:
         self.loss_sum = content["progress"]["loss_sum"]
         self.best_box_ap = content["best_value"]
 
-    def is_best(self, box_ap: float) -> bool:
-        """Return whether a validated epoch's student replaces the best one so far."""
-        nothing_to_find = box_ap < 0  # COCO's -1; with nothing to choose by, the newest is taken
-        return box_ap > self.best_box_ap or nothing_to_find
-
-    def start_next_epoch(self) -> None:
-        """Move on after validation; MultiStepLR counts the epochs by itself."""
-        with warnings.catch_warnings():
-            # PyTorch warns where the schedule is stepped before the optimizer. That is right here
-            # if the run was killed in validation: resumed, it had no step left to train.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            self.scheduler.step()
-        self.epoch += 1
-        self.step = 0
-        self.loss_sum = 0.0
-
 
 class RunFolder:
-    """The folder of one run: its files, and whether they are still this run's.
+    """The folder of one run and its files. All is done on the main process alone.
 
     best: the checkpoint of best box AP, with torchdistill's name. last: the newest checkpoint.
     metrics: a JSON object a line; if one is repeated after resuming, the last counts.
@@ -535,203 +430,143 @@ class RunFolder:
         self.last = path / "last.pt"
         self.metrics = path / "metrics.jsonl"
         self.log = path / "train.log"
-        self.is_unused = False  # nothing has been recorded yet but the start of a new run
-        self.own_last = None    # file_identity of last.pt as this run loaded or wrote it
+        self.file = None  # metrics, open and locked from lock_and_read to the end
 
-    @contextlib.contextmanager
-    def claimed(self, start: dict[str, Any], resume: bool) -> Iterator[dict[str, Any] | None]:
-        """Claim the folder; give last.pt's content if there is a run to resume, else None.
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self.file is not None:
+            self.file.close()
 
-        A new run with an error before its first step leaves the folder free again.
+    def lock_and_read(self, resume: bool) -> dict[str, Any] | None:
+        """Lock the folder for this run; return last.pt's content if there is a run to resume.
+
+        Raises InputError if another run has the folder, or a checkpoint that does not go on here.
         """
-        try:
-            # No name is bound to what is given, or it would stay in memory during the run.
-            yield distributed.on_main(self.claim, start, resume)
-        except BaseException:
-            if self.is_unused:
-                self.metrics.unlink(missing_ok=True)
-            raise
-
-    def claim(self, start: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-        """Write the start record, on the main process; return last.pt's content if it is there.
-
-        Raises InputError if the folder holds another run's checkpoint or, without `resume`, any
-        run's checkpoint or records.
-        """
-        found = [path for path in (self.last, self.best, self.metrics) if os.path.exists(path)]
-        if self.best in found and self.last not in found:
-            raise InputError(f"{self.best} is there, but no {self.last}, from which its run could "
-                             "be resumed; move it away, or give another --output-dir")
-        if found and not resume:
-            raise self.taken_error(found[0])
-        content = None
-        if self.last in found:
-            content = self.load()
-
         with writing(self.metrics):
             self.metrics.parent.mkdir(parents=True, exist_ok=True)
-            if self.metrics in found:
-                cut_half_line(self.metrics)
-            else:
-                try:
-                    self.metrics.open("x").close()
-                except FileExistsError:  # another run was faster
-                    raise self.taken_error(self.metrics) from None
-                self.is_unused = True
-        self.record(start)
-        return content
+            # Open this file nowhere else: wherever the process closes it, the lock ends.
+            self.file = self.metrics.open("ab+", buffering=0)
+        lock(self.file, self.metrics)
+        trial = self.last.with_name("trial.pt")
+        models.save_checkpoint({}, trial)  # some file systems cannot rename, or not sync
+        trial.unlink()
 
-    def taken_error(self, path: Path) -> InputError:
-        return InputError(f"{path} is there; go on with its run by --resume, or give another "
-                          "--output-dir")
-
-    def load(self) -> dict[str, Any]:
-        """Return last.pt's content, having checked it and removed what a kill left beside it."""
-        self.own_last = file_identity(self.last)  # first: what is written meanwhile is not ours
+        found = [path for path in (self.last, self.best) if path.exists()]
+        if found and not (resume and self.last in found):
+            raise InputError(f"{found[0]} is there; go on with its run by --resume, which needs "
+                             f"{self.last}, or give another --output-dir")
+        with writing(self.metrics):
+            self.file.seek(0)
+            self.file.truncate(self.file.read().rfind(b"\n") + 1)  # without half a line
+        if not found:
+            return None
         content = models.load_checkpoint(self.last)
         if not isinstance(content.get("config"), dict) or "progress" not in content:
             raise InputError(f"{self.last} was not written by this train.py; move it away, or give "
                              "another --output-dir")
-        if not self.best.exists():
+        if self.best not in found:
             content["best_value"] = -math.inf  # so that the next validation writes it
-        for path in (self.last, self.best):
-            for part in path.parent.glob(models.part_file(path, "*").name):
-                process = part.name.rpartition(".")[2]
-                if not (process.isdigit() and is_running(int(process))):
-                    part.unlink(missing_ok=True)
         return content
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl, on the main process."""
-        if distributed.rank() > 0:
-            return
-        self.is_unused = self.is_unused and record["kind"] == "start"
-        with writing(self.metrics), self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append a record to metrics.jsonl."""
+        with writing(self.metrics):
+            self.file.write(json.dumps(record).encode() + b"\n")
 
     def save(self, path: Path, content: dict[str, Any]) -> None:
-        """Write a checkpoint to `last` or `best`, on the main process.
-
-        Raises InputError, and writes nothing, if a weight is not finite, or if last.pt is no longer
-        as this run left it: then another run has taken it up.
-        """
-        if distributed.rank() > 0:
-            return
+        """Write a checkpoint, unless a weight is not finite: InputError."""
         models.check_finite(content["model"], f"{path} was not written")
-        if file_identity(self.last) != self.own_last:
-            raise InputError(f"{self.last} was changed by another run; this one stops, and has "
-                             "overwritten nothing")
         models.save_checkpoint(content, path)
-        if path == self.last:
-            self.own_last = file_identity(self.last)
 
 
-def file_identity(path: Path) -> tuple[int, int] | None:
-    """Return what changes whenever a file is replaced or written, or None if there is no file."""
+def lock(file: BinaryIO, path: Path) -> None:
+    """Lock an open file until this process closes it or ends, or raise InputError."""
     try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
-def is_running(process: int) -> bool:
-    """Return whether a process of this number may be running on this machine."""
-    if os.name != "posix":
-        return True  # elsewhere, asking by os.kill would end it
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        pass
-    return True
-
-
-def cut_half_line(path: Path) -> None:
-    """Remove what stands after a text file's last line end: a kill has cut it."""
-    whole, line_end, _ = path.read_bytes().rpartition(b"\n")
-    os.truncate(path, len(whole + line_end))
-
-
-def check_config(content: dict[str, Any] | None, config: dict[str, Any], path: Path) -> None:
-    """Raise InputError if there is a checkpoint to resume, of a run with other settings.
-
-    The number of epochs may change. A field that the file does not have, since it is older than the
-    field, has its default there.
-    """
-    if content is None:
-        return
-    before = default_config(config["arch"]) | content["config"]
-    for name, value in config.items():
-        if name not in ("epochs", "is_recipe") and before.get(name) != value:
-            raise InputError(f"{path} belongs to a run with {name} {before.get(name)}, not "
-                             f"{value}; give the same settings, or another --output-dir")
+        import fcntl  # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise InputError(f"another run, or another process of this one, is using {path.parent}: "
+                         "give another --output-dir, or stop it; several processes for one run are "
+                         "started by torchrun") from error
+    except (ImportError, OSError) as error:  # a file system without locks
+        log(f"{path} cannot be locked ({error}): take care that no other run uses the folder")
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
-
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags, and the fields of Experiment that they change."""
     parser = argparse.ArgumentParser(
         description="Train a GHND student.", usage="%(prog)s --arch ARCH [flags]")
-    parser.add_argument("--arch", choices=EXPERIMENTS, required=True, help="which experiment")
+    add = parser.add_argument
+    add("--arch", choices=EXPERIMENTS, required=True, help="which experiment")
     distributed.add_common_flags(parser)
-    parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR",
+    add("--output-dir", type=distributed.user_path, metavar="DIR",
         help="the run's own folder, for its checkpoints and logs (coco/ARCH)")
-    parser.add_argument(
-        "--resume", action="store_true",
+    add("--resume", action="store_true",
         help="go on from last.pt, or start if there is none: the same command each time")
-    parser.add_argument(
-        "--save-every", type=distributed.positive, metavar="N", default=SAVE_EVERY,
-        help="write last.pt after so many steps, besides after each epoch (%(default)s)")
-    parser.add_argument(
-        "--log-every", type=distributed.positive, metavar="N", default=LOG_EVERY,
-        help="print a line after so many steps (%(default)s)")
-    parser.add_argument(
-        "--limit-train", type=distributed.positive, metavar="N",
+    add("--save-every", type=distributed.positive, metavar="N", default=2000,
+        help="write last.pt every N steps, and after each epoch (%(default)s)")
+    add("--log-every", type=distributed.positive, metavar="N", default=100,
+        help="print a line every N steps (%(default)s)")
+    add("--limit-train", type=distributed.positive, metavar="N",
         help="use only the first N images of train2017")
-    parser.add_argument(
-        "--amp", choices=["bf16"], help="run both bodies in bfloat16, the loss in float32")
-    parser.add_argument(
-        "--compile", action="store_true", dest="compiled",
-        help="fuse both bodies and the loss by torch.compile, which takes minutes at the start")
-    add_recipe_flags(parser)
-    return parser.parse_args()
-
-
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each field of Experiment but arch, with the field's comment as its help."""
+    add("--compile", action="store_true", dest="compiled",
+        help="compile both bodies and the loss, which takes minutes at the start")
     group = parser.add_argument_group("changes to the recipe")
-    source = inspect.getsource(Experiment)
-    comments = dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.MULTILINE))
-    for field in fields(Experiment)[1:]:
-        flag = "--" + field.name.replace("_", "-")
-        is_list = isinstance(field.default, tuple)
-        values = field.default if is_list else (field.default,)
-        group.add_argument(
-            flag, type=type(values[0]), nargs="*" if is_list else None, metavar="X",
-            help=f"{comments[field.name]} ({' '.join(map(str, values))})")
+    for name, hint in get_type_hints(Experiment, include_extras=True).items():
+        if name != "arch":
+            add_recipe_flag(group, name, hint)
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or Path("coco", args.arch)
+    return args
+
+
+def add_recipe_flag(group: Any, name: str, hint: Any) -> None:
+    """Add the flag of a field of Experiment; hint: its type, with a help text if Annotated."""
+    default = getattr(Experiment, name)
+    is_list = isinstance(default, tuple)
+    values = default if is_list else (default,)
+    if name == "amp":
+        kind = {"choices": ["bf16"]}
+    elif isinstance(default, bool):
+        kind = {"action": argparse.BooleanOptionalAction}
+    else:
+        kind = {"type": type(values[0]), "nargs": "*" if is_list else None, "metavar": "X"}
+    text = " ".join(getattr(hint, "__metadata__", ()))
+    if default is not None:
+        text += f" ({' '.join(map(str, values))})"
+    flag = "--" + name.replace("_", "-")
+    group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def change_experiment(args: argparse.Namespace) -> Experiment:
+    """Return the experiment of --arch, with the changes that flags make to it."""
+    names = {field.name for field in fields(Experiment)}
+    changes = {name: tuple(value) if isinstance(value, list) else value
+               for name, value in vars(args).items() if name in names}
+    return replace(EXPERIMENTS[args.arch], **changes)
 
 
 def main(
+    argv: Sequence[str] | None = None,
+    *,
     bottleneck: models.MakeBottleneck | None = None,
-    criterion: Callable[..., Any] = losses.ghnd_loss,
-    predictor: Callable[[nn.Module], evaluate.Predict] = evaluate.whole,
-) -> None:
-    """Run the command, with another part in place of a default; see run_experiment."""
-    settings = vars(parse_args())
-    changes = {}
-    for field in fields(Experiment):
-        value = settings.pop(field.name)
-        if value is not None:
-            changes[field.name] = tuple(value) if isinstance(value, list) else value
-    experiment = replace(EXPERIMENTS[changes["arch"]], **changes)
-    if settings["output_dir"] is None:
-        settings["output_dir"] = Path("coco", experiment.arch)
-    run_experiment(experiment, **settings, bottleneck=bottleneck, criterion=criterion,
-                   predictor=predictor)
+    criterion: Criterion = losses.ghnd_loss,
+    predictor: Predictor = evaluate.whole,
+) -> dict[str, evaluate.Metrics]:
+    """Run the command, with another part in place of a default; return the test's metrics.
+
+    argv: its flags, by default sys.argv[1:].
+    bottleneck: a class or a function without arguments that returns layer1; see models.Bottleneck.
+    criterion: the loss, a function of losses.ghnd_loss's arguments and results.
+    predictor: a function of the student that returns what is validated and tested.
+    """
+    args = parse_args(argv)
+    args.device = distributed.set_up(args.device)
+    experiment = distributed.on_main(change_experiment, args)
+    with contextlib.closing(RunFolder(args.output_dir, experiment.arch)) as folder:
+        return run_experiment(experiment, args, folder, bottleneck, criterion, predictor)
 
 
 if __name__ == "__main__":
