@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,18 +32,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 
 # Processes that start with torch already imported, which takes seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torchvision", "pycocotools.cocoeval", "pytest", "train"])
+PROCESSES.set_forkserver_preload(["torch._dynamo", "conftest", "train"])
 
 
-def start_process(main, argv, rank, world_size, port, output):
-    """Do what torchrun would: run a script's main as one of several processes."""
+def start_process(main, argv, output, environment):
+    """Run a script's main in a process of its own, with these variables in its environment."""
     os.setsid()  # a group of its own, so that a test can kill it with its loader's workers
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-    if world_size:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= environment
     torch.set_num_threads(1)
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         with open(f"{output}{suffix}", "a") as file:
@@ -65,9 +59,9 @@ def free_port():
 
 
 class Job:
-    """A script's main, started in so many processes; None: one that torchrun did not start."""
+    """A script's main, started in so many processes as torchrun does it; None: as python does."""
 
-    def __init__(self, folder, main, flags, world_size=None):
+    def __init__(self, folder, main, flags, world_size):
         port = find_free_port()
         self.output = folder / f"job-{port}"
         for suffix in (".out", ".err"):
@@ -75,18 +69,14 @@ class Job:
         argv = [f"{main.__module__}.py", *map(str, flags)]
         self.processes = []
         for rank in range(world_size or 1):
-            args = (main, argv, rank, world_size, port, self.output)
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
+                           "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+            args = (main, argv, self.output, environment if world_size else {})
             self.processes.append(PROCESSES.Process(target=start_process, args=args))
-        for process in self.processes:
-            process.start()
+            self.processes[-1].start()
 
-    @property
-    def out(self):
-        return self.output.with_suffix(".out").read_text()
-
-    @property
-    def err(self):
-        return self.output.with_suffix(".err").read_text()
+    out = property(lambda self: self.output.with_suffix(".out").read_text())
+    err = property(lambda self: self.output.with_suffix(".err").read_text())
 
     def wait(self, timeout=300):
         """Wait for the end, and end the others where one fails, as torchrun does; return statuses."""
@@ -131,36 +121,31 @@ def finish(start):
 
     def finish(main, *flags, world_size=None):
         job = start(main, *flags, world_size=world_size)
-        assert job.wait() == [0] * (world_size or 1), job.err
+        assert not any(job.wait()), job.err
         return job
 
     return finish
 
 
-def torchrun(*command, nproc, more=(), timeout=300):
-    """Run a script under torchrun; returns the finished process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={nproc}", "--monitor-interval=0.1", *more]
-    return subprocess.run([*launcher, *map(str, command)], timeout=timeout, capture_output=True,
-                          text=True)
-
-
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """A function that runs a script's main in this process: (exit status, stdout, stderr)."""
+    """A function that runs a script's main in this process: (exit status, stdout, stderr).
 
-    def call(main, *flags):
+    parts: main's other arguments, such as a bottleneck.
+    """
+
+    def call(main, *flags, **parts):
         monkeypatch.setattr("sys.argv", [f"{main.__module__}.py", *map(str, flags)])
         capfd.readouterr()
         status = 0
         try:
-            distributed.run(main)
+            distributed.run(lambda: main(**parts))
         except SystemExit as stop:
             status = stop.code
-        out, err = capfd.readouterr()
-        return status, out, err
+        return status, *capfd.readouterr()
 
-    return call
+    yield call
+    distributed.log_to(None)
 
 
 def records(folder, kind):
@@ -227,10 +212,14 @@ def own_dataset(dataset, tmp_path):
 @pytest.fixture(scope="session")
 def teachers(dataset, tmp_path_factory):
     """For each architecture, a file with a random teacher's state dict."""
-    images = [data.read_image(path) / 255 for path in sorted((dataset / "train2017").iterdir())[:6]]
+    images = [data.read_image(path) / 255 for path in sorted((dataset / "train2017").iterdir())[:3]]
     folder = tmp_path_factory.mktemp("teachers")
+    state = drawn.random_teacher("fasterrcnn", images, **SIZES).state_dict()
+    torch.manual_seed(0)
     for arch in ARCHS:
-        torch.save(drawn.random_teacher(arch, images, **SIZES).state_dict(), folder / f"{arch}.pt")
+        teacher = models.build_detector(arch)
+        teacher.load_state_dict(state, strict=False)  # masks stay random
+        torch.save(teacher.state_dict(), folder / f"{arch}.pt")
     return {arch: folder / f"{arch}.pt" for arch in ARCHS}
 
 

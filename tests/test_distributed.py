@@ -1,9 +1,10 @@
-import io
+"""Collectives, devices, the log, and how errors end one process or several."""
+
 import os
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,145 +19,108 @@ def collectives():
     assert distributed.set_up("cpu") == torch.device("cpu")
     rank, world_size = distributed.rank(), distributed.world_size()
     assert distributed.on_main(lambda x: (x, rank), 5) == (5, 0)
+    assert distributed.on_main_first(lambda: rank) == rank
     assert distributed.gather([rank] * rank) == [[r] * r for r in range(world_size)]
-    mine = torch.tensor([1.0, rank])
-    assert distributed.sum_over_processes(mine).tolist() == [world_size, sum(range(world_size))]
-    assert mine.tolist() == [1, rank]
+    values = torch.tensor([1.0, rank])
+    assert distributed.sum_over_processes(values).tolist() == [world_size, sum(range(world_size))]
+    assert values.tolist() == [1, rank]
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean += rank + 1
     norm.weight.data.fill_(rank)
     distributed.broadcast_buffers(norm)
     assert norm.running_mean.tolist() == [1, 1] and norm.weight.tolist() == [rank, rank]
     distributed.log(f"said by {rank}")
-    distributed.write_line(sys.stdout, f"done {rank}")
 
 
-@pytest.mark.parametrize("world_size", [None, 2, 3])
+@pytest.mark.parametrize("world_size", [None, 3])
 def test_collectives(world_size, finish):
-    job = finish(collectives, world_size=world_size)
-    assert job.out.count("said by") == 1 and "said by 0" in job.out
-    assert all(job.out.count(f"done {rank}\n") == 1 for rank in range(world_size or 1))
+    assert finish(collectives, world_size=world_size).out == "said by 0\n"
 
 
-def test_too_few_gpus_are_told_by_the_first_process_of_a_machine(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    for local_rank in range(3):
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        with pytest.raises(InputError, match="this machine has 2 GPUs for 3 processes") as error:
-            distributed.set_up("cuda")
-        assert error.value.on_all_processes == (local_rank > 0)
+# ---- devices -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("local_rank, gpus, index", [(0, 4, 0), (3, 4, 3), (1, 1, 0)])
-def test_a_process_that_sees_one_gpu_takes_that(local_rank, gpus, index, monkeypatch):
+@pytest.mark.parametrize("gpus, variables, index", [
+    (4, {"LOCAL_RANK": "3"}, 3), (4, {"RANK": "5"}, 1), (4, {}, 0), (0, {}, None),
+    (1, {"LOCAL_RANK": "2"}, 0),  # it sees its own alone, as other launchers than torchrun do it
+    (1, {"LOCAL_RANK": "2", "TORCHELASTIC_RUN_ID": "x"}, None), (2, {"LOCAL_RANK": "2"}, None)])
+def test_a_process_takes_a_gpu_of_its_own(gpus, variables, index, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    assert distributed.choose_gpu() == index
-
-
-@pytest.mark.parametrize("variables, named", [
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "has RANK and WORLD_SIZE, but no MASTER_ADDR and no MASTER_P"),
-    ({"WORLD_SIZE": "2"}, "has WORLD_SIZE, but no RANK"),
-    ({"RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "has RANK, but no WORLD_SIZE"),
-    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "Slurm started 2 tasks")])
-def test_what_another_launcher_left_is_named(variables, named, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    distributed.set_up("cpu")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=named):
-        distributed.set_up("cpu")
+    if index is None:
+        with pytest.raises(InputError, match=rf"this machine shows {gpus} GPU\(s\)"):
+            distributed.choose_gpu()
+    else:
+        assert distributed.choose_gpu() == index
 
 
-# ---- logging -------------------------------------------------------------------------------------
-
-LOGGING = """
-import pathlib, sys, distributed
-def main():
-    with distributed.logging_to(pathlib.Path(sys.argv[1])):
-        distributed.log("within, \u56fe")
-    distributed.log("after")
-distributed.log("before")
-for _ in range(2):
-    distributed.run(main)
-"""
+# ---- the log -------------------------------------------------------------------------------------
 
 
-def test_lines_are_printed_once_and_logged_within_the_block(tmp_path):
-    """Also by a terminal that lacks the letters, and where `run` is called twice."""
-    path = tmp_path / "train.log"
-    process = subprocess.run(
-        [sys.executable, "-c", LOGGING, path], check=True, capture_output=True, text=True,
-        env=os.environ | {"PYTHONIOENCODING": "cp1252"})
-    assert process.stdout.splitlines() == ["before", *2 * ["within, \\u56fe", "after"]]
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 2 and all(line.endswith(" within, \u56fe") for line in lines)
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
 
 
-def test_a_line_is_one_write(monkeypatch):
-    """print makes two where Python is unbuffered, and lines of several processes mix."""
-    stream = io.StringIO()
-    writes = []
-    monkeypatch.setattr(stream, "write", writes.append, raising=False)
-    monkeypatch.setattr(sys, "stdout", stream)
-    distributed.log("a line")
-    assert writes == ["a line\n"]
+@pytest.mark.parametrize("open_stdout", [closed_pipe, lambda: open("/dev/full", "w"), lambda: None])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # closing fails, too
+def test_a_run_with_a_log_goes_on_without_its_terminal(open_stdout, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", open_stdout())
+    monkeypatch.setattr(distributed, "log_file", None)
+    distributed.log_to(tmp_path / "log")
+    for text in ("one", "two"):
+        distributed.run(lambda: distributed.log(text))
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[2] for line in lines] == ["one", "two"]
+
+
+@pytest.mark.parametrize("path, name", [(None, "stdout"), (Path("/dev/full"), "/dev/full")])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_cannot_be_written_anywhere_is_an_error(path, name, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    monkeypatch.setattr(distributed, "log_file", None)
+    distributed.log_to(path)
+    with pytest.raises(InputError, match=f"^{name} cannot be written: No space left on device$"):
+        distributed.log("a figure")
 
 
 # ---- errors --------------------------------------------------------------------------------------
 
 
 def fail():
-    """Fail on the process, or on all, that the command line names, in the way that it names."""
+    """Fail on the main process for all, or on one process alone, as the flags say."""
     distributed.set_up("cpu")
-    way, who = sys.argv[1:]
-    if way == "on_main":
-        distributed.on_main(raise_input_error)
-    elif who in ("all", str(distributed.rank())):
-        if way == "InputError":
-            raise InputError("the reason", on_all_processes=who == "all")
-        torch.zeros(1).numpy().reshape(7)  # a ValueError of numpy's
+    _, kind, where = sys.argv
+    if where == "for all":
+        distributed.on_main(raise_error, kind)
+    if where == str(distributed.rank()):
+        raise_error(kind)
     distributed.gather(None)  # wait for the others
 
 
-def raise_input_error():
-    raise InputError("the reason")
+def raise_error(kind):
+    raise {"InputError": InputError, "ValueError": ValueError}[kind]("the reason")
 
 
-@pytest.mark.parametrize("way, who, world_size", [
-    ("on_main", "all", None), ("on_main", "all", 3), ("InputError", "all", 3),
-    ("InputError", "0", 2), ("InputError", "1", 3)])
-def test_an_input_error_is_told_once_in_one_line(way, who, world_size, start):
-    job = start(fail, way, who, world_size=world_size)
+@pytest.mark.parametrize("where, world_size", [
+    ("for all", None), ("for all", 3), ("0", 2), ("1", 3)])
+def test_an_input_error_is_told_once_in_one_line(where, world_size, start):
+    job = start(fail, "InputError", where, world_size=world_size)
     statuses = job.wait(60)
     assert 1 in statuses and 0 not in statuses
     assert job.err.count("test_distributed.py: error: the reason\n") == 1
-    if who == "all":
-        assert job.err == "test_distributed.py: error: the reason\n"
-        assert statuses == [1] * (world_size or 1)
+    if where == "for all":
+        assert job.err.count("\n") == 1 and set(statuses) == {1}
 
 
-@pytest.mark.parametrize("world_size", [None, 2])
-def test_any_other_error_keeps_its_traceback(world_size, start):
-    job = start(fail, "numpy", str((world_size or 1) - 1), world_size=world_size)
-    assert 1 in job.wait(60)
-    assert "Traceback" in job.err and 'reshape(7)' in job.err
-    assert "ValueError: cannot reshape array" in job.err and ": error: " not in job.err
-
-
-def write_to_a_full_disk():
-    with distributed.logging_to(distributed.Path("/dev/full")):
-        distributed.log("a line")
-
-
-def test_a_full_disk_is_named(start):
-    job = start(write_to_a_full_disk)
-    assert job.wait(60) == [1]
-    assert job.err.endswith("error: /dev/full cannot be written: No space left on device\n")
-    assert job.err.count("\n") == 1
+def test_any_other_error_keeps_its_traceback(start):
+    job = start(fail, "ValueError", 1, world_size=2)
+    assert 1 in job.wait(60) and ": error: " not in job.err
+    assert "Traceback" in job.err and "ValueError: the reason" in job.err
 
 
 def wait_long():

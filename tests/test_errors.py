@@ -3,221 +3,191 @@
 import errno
 import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import BEST, SIZE_FLAGS, edit_json
+from conftest import BEST, CPU, records
+from torch import nn
 
 import data
-import distributed
 import evaluate
 import models
 import train
+from distributed import InputError
 
-TRAIN = ("--arch fasterrcnn --data-dir {data} --teacher-ckpt {teacher} --output-dir {out} "
-         "--epochs 1 --limit-train 12 --limit-val 1 ") + " ".join(SIZE_FLAGS)
-EVALUATE = "--ckpt {x} --data-dir {data} " + " ".join(SIZE_FLAGS)
+FLAGS = {
+    train: "--arch fasterrcnn --data-dir {data} --teacher-ckpt {teacher} --output-dir {out} "
+           "--epochs 1 --images-per-step 1 --limit-train 2 --limit-val 1 --save-every 1 "
+           "--min-size 32 --max-size 64 --device cpu --workers 0 ",
+    evaluate: "--ckpt {student} --data-dir {data} --device cpu --workers 0 "}
+
+
+@pytest.fixture(scope="module")
+def teacher(teachers):
+    return models.to_device(models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 32, 64), CPU)
 
 
 @pytest.fixture
-def place(own_dataset, teachers, checkpoints, tmp_path):
+def place(own_dataset, teacher, teachers, checkpoints, tmp_path, monkeypatch):
     """Where a test damages things, by short names that its flags may use."""
+    monkeypatch.setattr(models, "load_teacher", lambda *_: teacher)  # reading it takes a second
     out = tmp_path / "out"
     return types.SimpleNamespace(
-        data=own_dataset, tmp=tmp_path, out=out, x=tmp_path / "x",
-        last=out / "last.pt", best=out / BEST.format("fasterrcnn"),
-        teacher=teachers["fasterrcnn"], student=checkpoints["fasterrcnn"],
-        masks=checkpoints["maskrcnn"],
-        val=own_dataset / "annotations" / "instances_val2017.json",
-        train=own_dataset / "annotations" / "instances_train2017.json",
-        image=own_dataset / "train2017" / "000000000002.jpg",
-        val_image=own_dataset / "val2017" / "000000000002.jpg")
+        data=own_dataset, tmp=tmp_path, out=out, last=out / "last.pt",
+        best=out / BEST.format("fasterrcnn"), teacher=teachers["fasterrcnn"],
+        student=checkpoints["fasterrcnn"], image=own_dataset / "train2017" / "000000000001.jpg",
+        val_image=own_dataset / "val2017" / "000000000001.jpg")
+
+
+def flags_of(script, place, more=""):
+    return (FLAGS[script] + more).format(**vars(place)).split()
 
 
 def files_below(folder):
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in folder.rglob("*") if path.is_file()}
+    """Return all files with their sizes and times; but a start may be told in a run's log."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")
+            if path.is_file() and path.name not in ("train.log", "metrics.jsonl")}
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:200])
 
 
-def cut_all(folder):
-    for path in folder.iterdir():
-        cut(path)
-
-
 def publish(path):
-    """As if a file of torchdistill's were unpacked there."""
+    """Do as if a file of torchdistill's were unpacked there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": {}, "config": {"train": {"num_epochs": 20}}}, path)
 
 
-USAGE_ERRORS = [
-    (train, TRAIN + " --epochs x", "argument --epochs"),
-    (train, TRAIN + " --limit-train -3", "argument --limit-train"),
-    (evaluate, EVALUATE + " --bits 9", "argument --bits"),
-    (evaluate, "--data-dir {data}", "--ckpt"),
-]
-
-
-@pytest.mark.parametrize("script, flags, text", USAGE_ERRORS)
-def test_usage_errors(script, flags, text, place, call):
-    status, _, err = call(script.main, *flags.format(**vars(place)).split())
-    assert status == 2 and text in err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("script", [train, evaluate])
-def test_help_tells_real_defaults(script, call):
-    status, out, _ = call(script.main, "--help")
-    assert status == 0 and "None" not in out and "~/datasets/coco2017" in out
-    if script is train:
-        text = " ".join(out.split())
-        help_text = "--lr-drops [X ...] epochs, counted from 0, at whose start lr is reduced (5 15)"
-        assert help_text in text
+@pytest.mark.parametrize("script, flags, status, text", [
+    (train, "--arch fasterrcnn --epochs x", 2, "argument --epochs"),
+    (train, "--arch fasterrcnn --limit-train -3", 2, "argument --limit-train"),
+    (evaluate, "--ckpt x --bits 9", 2, "argument --bits"), (evaluate, "", 2, "--ckpt"),
+    (train, "--help", 0, "(~/datasets/coco2017)"), (evaluate, "--help", 0, "(~/datasets/coco2017)")])
+def test_usage(script, flags, status, text, call):
+    found, out, err = call(script.main, *flags.split())
+    assert found == status and text in out + err and "None" not in out + err
 
 
 # What is done before, the script, its flags, and what must be said.
 REFUSALS = [
-    (None, train, TRAIN + " --data-dir {tmp}/no", "{tmp}/no/annotations/instances_train2017.json"),
-    (None, train, TRAIN + " --seed 18446744073709551616", "seed is 18446744073709551616"),
-    (None, train, TRAIN + " --limit-train 11", "11 images to train on are fewer than one step's 12"),
-    (None, train, TRAIN + " --teacher-ckpt {x}", "checkpoint {x} is not there"),
-    (None, train, TRAIN + " --output-dir /proc/ghnd", "/proc/ghnd/metrics.jsonl cannot be written"),
-    (lambda p: cut(p.train), train, TRAIN, "{train} is not whole"),
-    (lambda p: cut_all(p.data / "train2017"), train, TRAIN + " --workers 1",
-     "jpg cannot be decoded"),
-    (lambda p: publish(p.best), train, TRAIN + " --resume", "{best} is there, but no {last}"),
-    (lambda p: publish(p.last), train, TRAIN + " --resume", "{last} was not written by this train"),
-    (lambda p: cut(p.val_image), evaluate, EVALUATE + " --ckpt {student} --workers 1",
-     "image {val_image} cannot be decoded"),
-    (None, evaluate, EVALUATE + " --ckpt {tmp}/" + 300 * "x", "xxx is not there"),
-    (None, evaluate, EVALUATE + " --ckpt {student} --save-detections {tmp}", "{tmp} cannot be"),
-    (None, evaluate, EVALUATE + " --ckpt {student} --pictures {data}/train2017/drawn",
-     "where the images are"),
-    (lambda p: edit_json(p.val, lambda c: c["images"][0].update(file_name="../a.jpg")), evaluate,
-     EVALUATE + " --ckpt {student}", 'its file_name is "../a.jpg", not a path below'),
-    (lambda p: edit_json(p.val, lambda c: c["annotations"][1].update(segmentation=[])), evaluate,
-     EVALUATE + " --ckpt {masks}", "{val}: annotations[1]"),
-]
+    (None, train, "--data-dir {tmp}/no", "{tmp}/no/annotations/instances_val2017.json: No such fil"),
+    (None, train, "--seed 18446744073709551616", "seed is 18446744073709551616"),
+    (None, train, "--images-per-step 3", "has 2 images to use"),
+    (None, train, "--output-dir /proc/ghnd", "/proc/ghnd/metrics.jsonl cannot be written"),
+    (lambda p: cut(p.image), train, "--images-per-step 2 --workers 1", "{image} cannot be decoded"),
+    (lambda p: publish(p.best), train, "--resume", "{best} is there; go on with its run by --resume, which needs {last}"),
+    (lambda p: publish(p.last), train, "--resume", "{last} was not written by this train.py"),
+    (lambda p: cut(p.val_image), evaluate, "--workers 1", "image {val_image} cannot be decoded"),
+    (None, evaluate, "--ckpt " + 300 * "x", "xxx cannot be read: File name too long")]
 
 
-@pytest.mark.parametrize("prepare, script, flags, text", REFUSALS)
-def test_refusals(prepare, script, flags, text, place, call):
+@pytest.mark.parametrize("prepare, script, more, text", REFUSALS)
+def test_refusals(prepare, script, more, text, place, call):
     if prepare:
         prepare(place)
     before = files_below(place.tmp)
-    status, _, err = call(script.main, *flags.format(**vars(place)).split())
+    status, _, err = call(script.main, *flags_of(script, place, more))
     assert status == 1
     assert err.startswith(f"{script.__name__}.py: error: ") and err.count("\n") == 1, err
     assert text.format(**vars(place)) in err
-    after = files_below(place.tmp)
-    after.pop(place.out / "train.log", None)
-    assert after == before
+    assert files_below(place.tmp) == before
 
 
-def test_masks_are_checked_only_where_they_are_evaluated(place, call):
-    edit_json(place.val, lambda content: content["annotations"][1].update(segmentation=[]))
-    flags = (EVALUATE + " --ckpt {student} --limit-val 1").format(**vars(place)).split()
-    assert call(evaluate.main, *flags)[0] == 0
+@pytest.mark.parametrize("more, parts, text", [
+    ("", {"bottleneck": nn.Identity}, "Identity has no encoder"),
+    ("--bottleneck-channels 3", {"bottleneck": lambda: models.Bottleneck(6)}, "was given sends 6"),
+    ("--amp bf16", {}, "this cpu has no fast bfloat16")])
+def test_what_cannot_be_trained_is_told_at_the_start(more, parts, text, place, call, monkeypatch):
+    monkeypatch.setattr(models, "has_bf16", lambda device: False)
+    status, _, err = call(train.main, *flags_of(train, place, more), **parts)
+    assert status == 1 and text in err and err.count("\n") == 1
+    assert records(place.out, "start") == []
 
 
-def test_what_can_be_resumed(call, place):
-    def train_again(more):
-        flags = f"{TRAIN} --min-size 64 --max-size 96 {more}"
-        return call(train.main, *flags.format(**vars(place)).split())
-
-    def assert_refused(more, *texts):
-        before = files_below(place.out)
-        status, _, err = train_again(more)
-        assert status == 1 and err.count("\n") == 1, err
-        for text in texts:
-            assert text in err
-        after = files_below(place.out)
-        for name in ("train.log", "metrics.jsonl"):  # each start is told there
-            before.pop(place.out / name), after.pop(place.out / name)
-        assert after == before
-
-    assert train_again("--resume")[0] == 0  # there is nothing to resume yet
-    last, best = torch.load(place.last, weights_only=True), place.best.read_bytes()
-    assert_refused("", str(place.last), "--resume")
-    assert_refused("--resume --seed 3", "belongs to a run with seed 0, not 3")
-    assert_refused("--resume --limit-train 13", "train_images 12, not 13")
-    teacher = torch.load(place.teacher)
-    teacher["rpn.head.cls_logits.bias"] += 1
-    torch.save(teacher, place.x)
-    assert_refused("--resume --teacher-ckpt {x}", "another teacher", "cls_logits.bias")
-    place.last.write_bytes(b"junk")
-    assert_refused("--resume", "last.pt was refused")
-
-    torch.save(last | {"best_value": 1.0}, place.last)  # a best that is never to be beaten
-    assert train_again("--resume")[0] == 0
-    assert place.best.read_bytes() == best
-    place.best.unlink()  # where it is gone, the next validation counts as the best
-    assert train_again("--resume --epochs 2")[0] == 0
-    assert torch.load(place.best, weights_only=True)["best_value"] < 1
+def test_a_wrong_predictor_fails_before_training(place):
+    with pytest.raises(TypeError, match="indices must be"):  # without [0], the detections are a list
+        train.main(flags_of(train, place), predictor=lambda student: lambda image: student([image]))
+    assert records(place.out, "start") == []
 
 
-def test_a_loss_that_is_not_finite_saves_nothing(place, monkeypatch):
-    """A teacher with a weight so large, though finite, that features and loss are not."""
-    state = torch.load(place.teacher)
-    state["backbone.body.layer3.0.conv1.weight"][0] = 3e38
-    torch.save(state, place.x)
-    flags = (TRAIN + " --teacher-ckpt {x}").format(**vars(place)).split()
-    monkeypatch.setattr("sys.argv", ["train.py", *flags])
-    with pytest.raises(FloatingPointError, match="the loss is (nan|inf) between steps 0 and 1"):
-        train.main()
+def test_only_its_like_goes_on_with_a_run_and_nothing_harms_it(teacher, place, call):
+    config = train.asdict(train.Experiment("fasterrcnn"))
+    config |= {"criterion": "losses.ghnd_loss", "train_images": 12, "val_images": 1}
+    student = models.build_student(teacher)
+    parts = (student, *train.build_optimizer(student, train.EXPERIMENTS["fasterrcnn"]))
+    content = train.Run(*parts, config).content()
+    older = content | {"config": {key: config[key] for key in config if key not in ("seed", "amp")}}
+    for before in (content, older):  # fields that are younger than a file had their defaults
+        train.Run(*parts, config | {"epochs": 7}).load(before, place.last)
+        for name, now in (("seed", 3), ("train_images", 11), ("val_images", 2), ("criterion", "x")):
+            with pytest.raises(InputError, match=f"belongs to a run with {name} .*, not {now};"):
+                train.Run(*parts, config | {name: now}).load(before, place.last)
+
+    place.out.mkdir()
+    for path in (place.last, place.best):
+        models.save_checkpoint(content, path)
+    before = files_below(place.out)
+    for more, text in (("", f"{place.last} is there; go on with its run by --resume"),
+                       ("--resume", "belongs to a run with images_per_step 12, not 1")):
+        status, _, err = call(train.main, *flags_of(train, place, more))
+        assert status == 1 and text in err and err.count("\n") == 1, err
+        assert files_below(place.out) == before
+
+    content["model"]["rpn.head.cls_logits.bias"] = torch.ones(3)
+    with pytest.raises(InputError, match="another teacher, with another rpn.head.cls_logits.bias"):
+        train.Run(*parts, config).load(content, place.last)
+
+
+@pytest.mark.parametrize("owner, name, number, file, steps", [
+    (os, "fsync", 3, "last.pt", [1, 2]),        # the first is a trial, the second saves step 1
+    (Path, "replace", 1, "trial.pt", [])])      # where nothing can be renamed
+def test_what_cannot_be_saved_ends_a_run_and_harms_no_checkpoint(
+        owner, name, number, file, steps, place, call, monkeypatch):
+    calls, function = [], getattr(owner, name)
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, fail)
+    status, _, err = call(train.main, *flags_of(train, place))
+    line = f"train.py: error: {place.out / file} cannot be written: No space left on device\n"
+    assert (status, err) == (1, line)
+    assert [record["step"] for record in records(place.out, "step")] == steps
+    for path in place.out.glob("*pt*"):
+        assert path == place.last and models.load_checkpoint(path)["progress"]["step"] == 1
+
+
+def test_what_is_not_finite_is_not_saved(place, teacher, call, monkeypatch):
+    """Neither after a loss, here of a weight so large, though finite, nor a weight itself."""
+    weight = teacher.backbone.body.layer3[0].conv1.weight
+    monkeypatch.setattr(weight, "data", torch.full_like(weight, 3e38))
+    status, _, err = call(train.main, *flags_of(train, place))
+    assert status == 1 and "train.py: error: the loss is" in err and err.count("\n") == 1
+    folder = train.RunFolder(place.out, "fasterrcnn")
+    with pytest.raises(InputError, match="last.pt was not written: mean has values that are not"):
+        folder.save(folder.last, {"model": {"mean": torch.tensor([0.0, torch.inf])}})
     assert not place.last.exists() and not place.best.exists()
 
 
-def test_weights_that_are_not_finite_are_not_saved(place):
-    student = models.build_student(models.load_teacher("fasterrcnn", place.teacher))
-    run = train.Run(student, *train.build_optimizer(student, train.FASTERRCNN))
-    folder = train.RunFolder(place.out, "fasterrcnn")
-    folder.claim({"kind": "start"}, resume=False)
-    folder.save(folder.last, run.content({}))
-    before = folder.last.read_bytes()
-    student.backbone.body.layer1.decoder[0].running_mean[1] = torch.inf
-    with pytest.raises(distributed.InputError, match="decoder.0.running_mean has values that are"):
-        folder.save(folder.last, run.content({}))
-    assert folder.last.read_bytes() == before
-
-
-def test_a_checkpoint_that_cannot_be_written_is_named_with_the_reason(place, monkeypatch):
-    """And the old one stays, and nothing else."""
-    def no_space(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    models.save_checkpoint({"epoch": 1}, place.x)
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(distributed.InputError, match=f"{place.x} cannot be written: No space left"):
-        models.save_checkpoint({"epoch": 2}, place.x)
-    assert models.load_checkpoint(place.x) == {"epoch": 1}
-    assert {path.name for path in place.tmp.iterdir()} == {"coco", "x"}
-
-
-def test_a_bottleneck_without_a_decoder_is_told_before_training(place, call):
-    class HalfBottleneck(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = torch.nn.Conv2d(64, 256, 1)
-
-    def main():
-        train.main(bottleneck=HalfBottleneck())
-
-    place.train.write_text("not read yet")
-    status, _, err = call(main, *TRAIN.format(**vars(place)).split())
-    assert status == 1 and err.count("\n") == 1
-    assert "HalfBottleneck has no decoder" in err and not place.out.joinpath("metrics.jsonl").exists()
+def test_what_all_processes_share_is_told_once(place, start):
+    job = start(train.main, *flags_of(train, place, "--images-per-step 4"), world_size=3)
+    assert job.wait(60) == [1, 1, 1]
+    assert job.err == ("train.py: error: 3 processes cannot share 4 images a step evenly; change "
+                       "--nproc_per_node or --images-per-step\n")
 
 
 def test_a_broken_image_on_one_of_two_processes_ends_all_and_is_told_once(place, start):
-    images, folder = data.load_train_split(place.data, 160, limit=12)
-    position, _ = next(iter(data.GroupedBatches(images, 3, rank=1, world_size=2)))[0]
+    images, folder = data.load_train_split(place.data, 64, limit=2)
+    [[(position, _)]] = data.GroupedBatches(images, 1, rank=1, world_size=2)
     victim = folder / images[position].file_name
     cut(victim)
-    job = start(train.main, *(TRAIN + " --workers 1").format(**vars(place)).split(), world_size=2)
+    flags = flags_of(train, place, "--images-per-step 2 --workers 1")
+    job = start(train.main, *flags, world_size=2)
     assert 1 in job.wait(60)
     told = [line for line in job.err.splitlines() if ": error: " in line]
     assert len(told) == 1 and told[0].startswith(f"train.py: error: image {victim} cannot be decoded")

@@ -1,24 +1,40 @@
 import contextlib
 import io
 import json
-import math
 import sys
-from types import SimpleNamespace
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import ARCHS, CPU, SIZE_FLAGS, SIZES, edit_json, encode
-from PIL import Image
-from pycocotools import mask as coco_mask
+from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.models import get_model_weights
+from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import distributed
 import evaluate
 import models
+from distributed import InputError
+
+# Detectors look at few places, since 1,000 take seconds, and find something there.
+FEW = {"rpn_post_nms_top_n_test": 40, "box_detections_per_img": 10, "box_score_thresh": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def fast_detectors(monkeypatch, checkpoints):
+    """Build detectors with FEW here; with one thread, as in the processes that tests start."""
+    for arch in ARCHS:
+        assert checkpoints[arch]  # all tests share them, so they are made before
+    monkeypatch.setattr(models, "build_detector", partial(models.build_detector, **FEW))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def annotation_file(folder):
@@ -37,40 +53,45 @@ def plain_metrics(annotation_file, results, iou_type, limit=None):
     return dict(zip(evaluate.METRICS, evaluation.stats.tolist()))
 
 
-def random_results(coco, seed=0):
-    """Results near the annotations of most images, scores tied now and then, and some junk."""
-    rng, results = np.random.default_rng(seed), []
-    for image_id in coco.getImgIds():
-        image = coco.imgs[image_id]
-        for annotation in coco.imgToAnns[image_id] if image_id % 5 else []:
-            for _ in range(rng.integers(2, 24)):
-                x, y, w, h = np.array(annotation["bbox"]) + rng.normal(0, 6, 4)
-                x, y = max(x, 0), max(y, 0)
-                w, h = max(min(w, image["width"] - x), 2), max(min(h, image["height"] - y), 2)
-                is_near = rng.random() < 0.8
-                mask = np.zeros((image["height"], image["width"]))
-                mask[int(y):int(y + h), int(x):int(x + w)] = 1
-                results.append({
-                    "image_id": image_id, "bbox": [x, y, w, h], "segmentation": encode(mask),
-                    "category_id": annotation["category_id"] if is_near else int(rng.integers(1, 91)),
-                    "score": round(float(rng.random()), 1)})
-    return results
+def random_predict(val):
+    """Return a detector of boxes near most annotations, scores often tied, and of some junk.
+
+    It knows an image by the sum of its pixels, and finds the same in it on every process.
+    """
+    infos = {data.read_image(val.folder / info.file_name).sum().item(): info for info in val.images}
+
+    def predict(image):
+        info = infos[(image * 255).round().byte().sum().item()]
+        rng = np.random.default_rng(info.id)
+        annotations = val.coco.imgToAnns[info.id] if info.id % 5 else []
+        annotations = [a for a in annotations for _ in range(rng.integers(2, 12))]
+        boxes = torch.tensor([a["bbox"] for a in annotations]).reshape(-1, 4)
+        boxes = (boxes + torch.from_numpy(rng.normal(0, 6, boxes.shape))).clamp(min=2)
+        boxes[:, 2:] += boxes[:, :2]
+        masks = torch.full((len(boxes), 1, info.height, info.width), 0.5)  # is not above a half
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.int()):
+            mask[:, y0:y1, x0:x1] = 1
+        labels = [a["category_id"] if rng.random() < 0.8 else rng.integers(1, 91)
+                  for a in annotations]
+        return {"boxes": boxes, "labels": torch.tensor(labels), "masks": masks,
+                "scores": torch.from_numpy(rng.random(len(boxes)).round(1))}
+
+    return predict
 
 
-@pytest.fixture(scope="module")
+# ---- results and metrics -------------------------------------------------------------------------
+
+
+@pytest.fixture
 def val(dataset):
-    """A ValSet for boxes and masks."""
     return evaluate.ValSet(dataset, models.build_detector("maskrcnn"))
-
-
-# ---- results -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_results_are_those_of_the_plain_detector(arch, dataset, teachers):
     """Detection for detection those of torchvision's own forward, boxes and masks one by one."""
     teacher = models.load_teacher(arch, teachers[arch], **SIZES)
-    val = evaluate.ValSet(dataset, teacher, 3)
+    val = evaluate.ValSet(dataset, teacher, 2)
     _, results = evaluate.evaluate(evaluate.whole(teacher), val, CPU)
     wanted = []
     for info in val.images:
@@ -82,121 +103,112 @@ def test_results_are_those_of_the_plain_detector(arch, dataset, teachers):
                            "score": output["scores"][i].item()})
             if "masks" in output:
                 wanted[-1]["segmentation"] = encode(output["masks"][i, 0] > 0.5)
-    assert results == wanted and len(results) > 30
+    assert results == wanted and len(results) == 20
 
 
-def test_masks_are_cut_at_a_half_and_encoded_one_by_one():
-    masks = torch.rand(7, 1, 53, 38, generator=torch.Generator().manual_seed(0))
-    masks[3] = 0
-    masks[4] = 0.5  # is not above it
-    masks[5] = 1
-    detections = {"boxes": torch.rand(7, 4), "labels": torch.arange(1, 8),
-                  "scores": torch.rand(7), "masks": masks}
-    results = evaluate.to_coco(42, detections)
-    assert [r["segmentation"] for r in results] == [encode(mask > 0.5) for mask in masks[:, 0]]
-    areas = coco_mask.area([r["segmentation"] for r in results]).tolist()
-    assert areas[3:6] == [0, 0, 53 * 38] and 0 < areas[0] < 53 * 38
-    json.dumps(results)
-    assert evaluate.to_coco(42, {name: values[:0] for name, values in detections.items()}) == []
-
-
-# ---- metrics -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_metrics_are_those_of_plain_pycocotools(dataset, val, tmp_path, iou_type):
-    results = random_results(val.coco)
-    assert len(results) > 100 and len({r["image_id"] for r in results}) < len(val.images)
-    metrics = evaluate.coco_metrics(
-        val.coco, results, [info.id for info in val.images], iou_type)
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(evaluate.results_of_type(results, iou_type)))
-    assert metrics == plain_metrics(annotation_file(dataset), path, iou_type)
-    assert 0.1 < metrics["AP"] < 0.9 and tuple(metrics) == evaluate.METRICS
-
-
-def metrics_of_80_categories():
-    """Print coco_metrics of random results; the command line names the data set."""
+def evaluate_random_results():
+    """Print metrics of random_predict, and save its results; the command line names both places."""
     distributed.set_up("cpu")
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(sys.argv[1])
-    image_ids = sorted(coco.getImgIds())
-    metrics = evaluate.coco_metrics(coco, random_results(coco), image_ids, "bbox")
-    distributed.write_line(sys.stdout, json.dumps(metrics))
+    data_dir, file = map(Path, sys.argv[1:])
+    val = evaluate.ValSet(data_dir, models.build_detector("maskrcnn"))
+    metrics, results = evaluate.evaluate(random_predict(val), val, CPU)
+    distributed.on_main(evaluate.save_detections, results, val.iou_types, file)
+    print(f"{json.dumps(metrics)}\n", end="", flush=True)
 
 
-def test_categories_shared_out_give_the_very_same_metrics(own_dataset, tmp_path, finish):
-    """Their order counts: it decides how the means over 80 of them are rounded."""
-    path = annotation_file(own_dataset)
+@pytest.mark.parametrize("processes", [1, 5])
+def test_metrics_are_those_of_plain_pycocotools(processes, own_dataset, tmp_path, finish):
+    """The order of categories counts: it decides how the means over 80 of them are rounded."""
 
     def spread(content):
         content["categories"] = [{"id": i, "name": str(i)} for i in range(80, 0, -1)]
         for i, annotation in enumerate(content["annotations"] * 3):
             content["annotations"] += [annotation | {"id": i + 1000, "category_id": 1 + i % 80}]
 
-    edit_json(path, spread)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(path)
-    results = tmp_path / "results.json"
-    results.write_text(json.dumps(evaluate.results_of_type(random_results(coco), "bbox")))
-    wanted = plain_metrics(path, results, "bbox")
-    job = finish(metrics_of_80_categories, path, world_size=3)
-    assert [json.loads(line) for line in job.out.splitlines()] == [wanted] * 3
-    assert 0.05 < wanted["AP"] < 0.9
+    edit_json(annotation_file(own_dataset), spread)
+    file = tmp_path / "r.json"
+    job = finish(evaluate_random_results, own_dataset, file, world_size=processes)
+    printed = [json.loads(line) for line in job.out.splitlines() if line.startswith("{")]
+    for iou_type, saved in (("bbox", file), ("segm", file.with_suffix(".segm.json"))):
+        wanted = plain_metrics(annotation_file(own_dataset), saved, iou_type)
+        assert [metrics[iou_type] for metrics in printed] == [wanted] * processes
+        assert 0.05 < wanted["AP"] < 0.9
+    ids = [result["image_id"] for result in json.loads(file.read_text())]
+    assert ids == sorted(ids) and len(set(ids)) > 5  # in the set's order, whoever had them
 
 
-def test_a_detector_that_finds_nothing_scores_zero(val):
-    def predict(image):
-        return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
-
-    metrics, results = evaluate.evaluate(predict, val, CPU)
-    assert results == [] and list(metrics) == ["bbox", "segm"] and metrics["bbox"]["AP"] == 0
-    assert set(metrics["bbox"].values()) <= {0.0, -1.0}
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_the_teacher_agrees_with_itself(arch, dataset, teachers):
-    teacher = models.load_teacher(arch, teachers[arch], **SIZES)
-    val = evaluate.ValSet(dataset, teacher, 4)
-    _, results = evaluate.evaluate(evaluate.whole(teacher), val, CPU)
+def test_a_detector_agrees_with_itself_and_less_with_others(val):
+    _, results = evaluate.evaluate(random_predict(val), val, CPU)
     before = json.dumps(results)
     own = evaluate.agreement(val, results, results)
-    assert tuple(own) == val.iou_types and all(values["AP"] == 1 for values in own.values())
+    assert list(own) == ["bbox", "segm"] and all(values["AP"] == 1 for values in own.values())
+    assert evaluate.agreement(val, [], results)["segm"]["AP"] == 0
     moved = [{**r, "bbox": [r["bbox"][0] + 9, *r["bbox"][1:]]} for r in results]
     assert 0 < evaluate.agreement(val, moved, results)["bbox"]["AP"] < 0.9
-    uncertain = [{**r, "score": 0.49} for r in results]
-    assert evaluate.agreement(val, results, uncertain)["bbox"]["AP"] == -1  # there is nothing to find
-    flat = [{**r, "bbox": [*r["bbox"][:2], 0, 9]} for r in results]
-    assert evaluate.agreement(val, results, flat)["bbox"]["AP"] == -1
+    empty = encode(np.zeros((9, 9)))
+    for change in ({"score": 0.49}, {"bbox": [5, 5, 0, 9], "segmentation": empty}):
+        metrics = evaluate.agreement(val, results, [{**r, **change} for r in results])
+        assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == -1  # there is nothing to find
     assert json.dumps(results) == before  # loadRes writes into what it gets
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sizes", [SIZES, {"min_size": 330, "max_size": 330}])
+def test_a_jpeg_row_is_the_teacher_on_what_pillow_recompresses(
+        sizes, dataset, teachers, monkeypatch):
+    """And what it finds in a resized photo is in the pixels of the whole one, as torchvision's."""
+    teacher = models.load_teacher("maskrcnn", teachers["maskrcnn"], **sizes)
+    val, photos, found, file_sizes = evaluate.ValSet(dataset, teacher, 2), [], [], []
+    monkeypatch.setattr(evaluate, "to_coco", lambda _, detections: found.append(detections) or [])
+    hook = teacher.transform.register_forward_pre_hook(lambda module, args: photos.extend(args[0]))
+    row = evaluate.measure_jpeg(teacher, 30, val, CPU, workers=0)
+    hook.remove()
+    for info, photo, detections in zip(val.images, photos, found, strict=True):
+        picture = Image.open(val.folder / info.file_name).convert("RGB")
+        if sizes == SIZES:
+            scale = min(96 / min(picture.size), 160 / max(picture.size))
+            size = [round(scale * side) for side in picture.size]
+            picture = picture.resize(size, Image.Resampling.BILINEAR)
+            [resized] = teacher.transform([photo])[0].image_sizes
+            assert scale < 1 and list(resized) == size[::-1]  # the transform resizes no more
+        picture.save(file := io.BytesIO(), "JPEG", quality=30, optimize=True)
+        file_sizes.append(len(file.getvalue()))
+        assert torch.equal(photo, pil_to_tensor(Image.open(file)) / 255)
+        with torch.inference_mode():
+            [wanted] = teacher([photo])
+        zoom = torch.tensor([info.width / picture.width, info.height / picture.height] * 2)
+        assert torch.allclose(detections["boxes"], wanted["boxes"] * zoom)
+        assert all(torch.equal(detections[name], wanted[name]) for name in ("labels", "scores"))
+        assert detections["masks"].shape == (10, 1, info.height, info.width)
+        assert sizes == SIZES or torch.equal(detections["masks"], wanted["masks"])
+    assert row["payload_bytes"] == np.mean(file_sizes) and row["quality"] == 30
+
+
 @pytest.fixture
-def run_evaluate(dataset, checkpoints, finish):
-    """A function that runs the command: (its line of JSON, all that it printed)."""
-
-    def run_evaluate(*flags, arch="maskrcnn", world_size=None):
-        job = finish(evaluate.main, "--ckpt", checkpoints[arch], "--data-dir", dataset,
-                     *SIZE_FLAGS, *flags, world_size=world_size)
-        return json.loads(job.out.splitlines()[-1]), job.out
-
-    return run_evaluate
+def flags(dataset, checkpoints, teachers):
+    """A function that returns the flags for an architecture, and others."""
+    return lambda arch, *others: [
+        "--ckpt", checkpoints[arch], "--data-dir", dataset, *SIZE_FLAGS,
+        "--teacher-ckpt", teachers[arch], *others]
 
 
-def test_rates_have_the_accuracy_of_torchdistills_quantizer(
-        dataset, checkpoints, teachers, run_evaluate):
+def main_with_fast_detectors():
+    """Do what the command does, in a process of its own."""
+    models.build_detector = partial(models.build_detector, **FEW)
+    evaluate.main()
+
+
+def test_rates_have_the_accuracy_of_torchdistills_quantizer_on_1_and_2_processes(
+        dataset, checkpoints, flags, call, finish):
     from torchdistill.common.tensor_util import dequantize_tensor, quantize_tensor
-    flags = ("--limit-val", 2, "--bits", 8, 1, "--jpeg", 90, 2, "--teacher-ckpt",
-             teachers["fasterrcnn"])
-    summary, out = run_evaluate(*flags, arch="fasterrcnn")
-    assert "AP published" not in out  # of other images
+    flags = flags("fasterrcnn", "--limit-val", 2, "--bits", 8, 1, "--jpeg", 50)
+    _, out, _ = call(evaluate.main, *flags)
+    summary = json.loads(out.splitlines()[-1])
     student, _ = models.load_student(checkpoints["fasterrcnn"], **SIZES)
-    models.to_device(student, CPU)
-    val = evaluate.ValSet(dataset, student, 2)
-    torch.set_num_threads(1)  # as in the processes that are run
+    val = evaluate.ValSet(dataset, models.to_device(student, CPU), 2)
+    paths = [val.folder / info.file_name for info in val.images]
     for bits, row in zip((8, 1), summary["rate"], strict=True):
         hook = student.backbone.body.layer1.encoder.register_forward_hook(
             lambda module, args, z, bits=bits: dequantize_tensor(quantize_tensor(z, bits)))
@@ -204,164 +216,95 @@ def test_rates_have_the_accuracy_of_torchdistills_quantizer(
         hook.remove()
         assert row["bits"] == bits and row["metrics"] == metrics
         assert row["head_seconds"] > 0 and row["tail_seconds"] > 0
-    torch.set_num_threads(2)
-    assert "student, 8 bits" in out and "student, 1 bit " in out
-    eight, one = summary["rate"]
-    assert 26 < one["payload_bytes"] < eight["payload_bytes"] < 3 * 60 * 60
-    files = [(val.folder / info.file_name).stat().st_size for info in val.images]
-    assert summary["file_bytes"] == pytest.approx(sum(files) / 2)
-    assert summary["head"]["parameters"] == 158_400
-
-    fine, coarse, small_fine, small_coarse = summary["jpeg"]
-    assert [row["quality"] for row in summary["jpeg"]] == [90, 2, 90, 2]
-    assert [row["is_resized"] for row in summary["jpeg"]] == [False, False, True, True]
-    # The files were written by Pillow at quality 90 too, but with standard Huffman tables.
-    assert 0.8 < fine["payload_bytes"] / summary["file_bytes"] < 0.95
-    assert coarse["payload_bytes"] < 0.7 * fine["payload_bytes"]
-    assert small_fine["payload_bytes"] < 0.7 * fine["payload_bytes"]
-    assert "teacher, resized JPEG 2" in out
-
-    shared, _ = run_evaluate(*flags, arch="fasterrcnn", world_size=2)
+        head, _ = models.split(student, bits)
+        payloads = [head.compress(data.read_image(path) / 255) for path in paths]
+        assert row["payload_bytes"] == sum(map(len, payloads)) / 2
+    weights = sum(parameter.numel() for parameter in student.parameters())
+    assert summary["head"] == {"parameters": 158_400, "student_parameters": weights}
+    assert summary["file_bytes"] == sum(path.stat().st_size for path in paths) / 2
+    for sent in ("student, 8-bit", "student, 1-bit", "teacher, JPEG 50"):
+        assert f"\n{sent:18} AP bbox 0." in out
+    job = finish(main_with_fast_detectors, *flags, world_size=2)
+    shared = json.loads(job.out.splitlines()[-1])
     for row in [*summary["rate"], *shared["rate"]]:
         del row["head_seconds"], row["tail_seconds"]
     assert shared == summary
 
 
-class NoteImages:
-    """A teacher that notes its images, and finds one box that is the image."""
-
-    def __init__(self, **sizes):
-        self.seen = []
-        self.transform = models.build_detector("fasterrcnn", **sizes).transform
-
-    def __call__(self, images):
-        self.seen += images
-        [(_, height, width)] = [image.shape for image in images]
-        return [{"boxes": torch.tensor([[0.0, 0, width, height]]), "labels": torch.tensor([1]),
-                 "scores": torch.tensor([0.9]), "masks": torch.ones(1, 1, height, width)}]
-
-
-@pytest.mark.parametrize("is_resized", [False, True])
-def test_the_teacher_gets_what_pillow_recompresses(is_resized, val, monkeypatch):
-    """And what it finds in a resized image is told in the pixels of the whole one."""
-    teacher, found = NoteImages(**SIZES), []
-    monkeypatch.setattr(evaluate, "to_coco", lambda image_id, detections: found.append(detections) or [])
-    row = evaluate.measure_jpeg(teacher, 30, is_resized, val, CPU, workers=0)
-    sizes = []
-    for info, image, detections in zip(val.images, teacher.seen, found, strict=True):
-        picture = Image.open(val.folder / info.file_name).convert("RGB")
-        if is_resized:
-            scale = min(96 / min(picture.size), 160 / max(picture.size))
-            picture = picture.resize(
-                [round(scale * side) for side in picture.size], Image.Resampling.BILINEAR)
-            resized = teacher.transform([torch.zeros(3, picture.height, picture.width)])[0]
-            assert resized.image_sizes == [(picture.height, picture.width)]  # it leaves it so
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=30, optimize=True)
-        sizes.append(len(file.getvalue()))
-        wanted = np.array(Image.open(file)).transpose(2, 0, 1)
-        assert torch.equal((image * 255).round().byte(), torch.from_numpy(wanted))
-        torch.testing.assert_close(
-            detections["boxes"], torch.tensor([[0.0, 0, info.width, info.height]]))
-        assert detections["masks"].shape == (1, 1, info.height, info.width)
-    assert row["payload_bytes"] == np.mean(sizes) and row["quality"] == 30
-
-
-@pytest.mark.parametrize("processes", [None, 5])
-def test_metrics_are_the_same_on_any_number_of_processes(
-        processes, dataset, tmp_path, run_evaluate, one_process):
-    summary, _ = run_evaluate("--limit-val", 5, "--save-detections", tmp_path / "r.json",
-                              world_size=processes)
-    one_process.append(summary)
-    assert summary == one_process[0]
-    for iou_type, file in (("bbox", "r.json"), ("segm", "r.segm.json")):
-        wanted = plain_metrics(annotation_file(dataset), tmp_path / file, iou_type, limit=5)
-        assert summary["student"][iou_type] == wanted
-    images = [r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())]
-    assert images == sorted(images) and len(set(images)) > 1  # in the set's order, whoever saw them
-
-
-@pytest.fixture(scope="module")
-def one_process():
-    """What the command gave on one process, and then on others."""
-    return []
-
-
-def test_teacher_student_and_agreement_are_printed_and_drawn(
-        dataset, checkpoints, teachers, tmp_path, call, monkeypatch):
-    """In pictures of three panels: annotations, teacher, student."""
-    monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", 1)
-    content = models.load_checkpoint(checkpoints["maskrcnn"])
-    content["config"] = {"bottleneck_channels": 3, "is_recipe": True, **SIZES}
-    torch.save(content, tmp_path / "student.pt")
-    status, out, err = call(
-        evaluate.main, "--ckpt", tmp_path / "student.pt", "--data-dir", dataset, "--device", "cpu",
-        "--teacher-ckpt", teachers["maskrcnn"], "--limit-val", 1, "--pictures", tmp_path / "pictures")
-    assert status == 0, err
+def test_teacher_student_and_agreement_are_printed_saved_and_drawn(dataset, tmp_path, flags, call):
+    pictures, file = tmp_path / "pictures", tmp_path / "r.json"
+    _, out, _ = call(evaluate.main, *flags(
+        "maskrcnn", "--limit-val", 1, "--pictures", pictures, "--save-detections", file))
     summary = json.loads(out.splitlines()[-1])
-    assert list(summary) == ["teacher", "student", "agreement"]
-    assert "not the teacher" not in out
-    numbers = (f"{x:.4f}" for x in summary["agreement"]["segm"].values())
-    for text in ("AP published", "0.379", "0.346", "0.369", "0.336", *numbers):
-        assert text in out
-    assert len(list((tmp_path / "pictures").iterdir())) == 1
-    for path in (tmp_path / "pictures").iterdir():
-        picture = data.read_image(path).float()
-        bare = Image.open(dataset / "val2017" / path.name).convert("RGB")
-        zoom = picture.shape[1] // bare.height
-        assert picture.shape == (3, zoom * bare.height, zoom * 3 * bare.width)
-        panels = picture.chunk(3, dim=2)
-        for i, j in ((0, 1), (1, 2), (0, 2)):
-            assert (panels[i] - panels[j]).abs().mean() > 1
+    assert list(summary)[:3] == ["teacher", "student", "agreement"]
+    assert "not the teacher" not in out and "published AP" not in out
+    assert all(f"{x:.4f}" in out for x in summary["agreement"]["segm"].values())
+    for iou_type, saved in (("bbox", file), ("segm", file.with_suffix(".segm.json"))):
+        wanted = plain_metrics(annotation_file(dataset), saved, iou_type, limit=1)
+        assert summary["student"][iou_type] == wanted
+    picture = data.read_image(pictures / "compared_1.jpg").float()
+    bare = Image.open(dataset / "val2017" / "000000000001.jpg")
+    zoom = picture.shape[1] // bare.height
+    assert picture.shape == (3, zoom * bare.height, zoom * 3 * bare.width)
+    annotated, by_teacher, by_student = picture.chunk(3, dim=2)
+    assert (by_teacher - annotated).abs().mean() > 1
+    assert (by_teacher - by_student).abs().mean() > 1
 
 
-def test_pictures_of_one_stem_in_several_folders(val, tmp_path):
-    folders = {"cam1": (255, 0, 0), "cam2": (0, 0, 255)}
-    images = []
-    for i, (folder, colour) in enumerate(folders.items()):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (40, 30), colour).save(tmp_path / folder / "0001.png")
-        images.append(data.ImageInfo(i, f"{folder}/0001.png", 40, 30))
-    mine = evaluate.ValSet.__new__(evaluate.ValSet)
-    mine.images, mine.folder, mine.iou_types = images, tmp_path, ("bbox",)
-    mine.coco = evaluate.make_coco({"images": [], "annotations": [], "categories": []})
-    evaluate.draw_pictures(mine, [], [], tmp_path / "pictures")
-    for folder, colour in folders.items():
-        picture = Image.open(tmp_path / "pictures" / folder / "0001.png.jpg")
-        assert np.allclose(picture.getpixel((300, 100)), colour, atol=4)
-        assert picture.width == 2 * 15 * 40  # no column of annotations where there are none
+def test_a_failure_in_the_last_pass_leaves_what_was_finished(tmp_path, flags, call, monkeypatch):
+    def predictor(student):
+        return lambda image: {"boxes": torch.tensor([[5, 5, 9, 9]]), "labels": torch.tensor([2]),
+                              "scores": torch.tensor([0.5])}
+
+    failing = Mock(side_effect=InputError("the disk is gone"))
+    monkeypatch.setattr(evaluate, "measure_jpeg", failing)
+    flags = flags("fasterrcnn", "--limit-val", 1, "--bits", 4, "--jpeg", 50)
+    status, out, err = call(evaluate.main, *flags, "--save-detections", tmp_path / "r.json",
+                            predictor=predictor)
+    assert status == 1 and err == "evaluate.py: error: the disk is gone\n"
+    assert "agreement bbox" in out and out.splitlines()[-1].startswith("student, 4-bit")
+    assert json.loads((tmp_path / "r.json").read_text()) == [
+        {"image_id": 1, "category_id": 2, "bbox": [5, 5, 4, 4], "score": 0.5}]
 
 
-def test_published_figures_are_the_published_ones():
-    students = {arch: figures["student"] for arch, figures in evaluate.PUBLISHED_AP.items()}
-    assert students == {"fasterrcnn": {"bbox": 0.359}, "maskrcnn": {"bbox": 0.369, "segm": 0.336}}
-    for arch, published in evaluate.PUBLISHED_AP.items():
-        weights = get_model_weights(f"{arch}_resnet50_fpn").COCO_V1
-        metrics = weights.meta["_metrics"]["COCO-val2017"]
-        assert math.isclose(published["teacher"]["bbox"], metrics["box_map"] / 100)
-        assert math.isclose(published["teacher"].get("segm", 0), metrics.get("mask_map", 0) / 100)
+def test_teacher_eps_alone_is_not_ignored(flags, call):
+    status, _, err = call(evaluate.main, *flags("fasterrcnn")[:-2], "--teacher-eps", 1e-5)
+    assert status == 1 and "--teacher-eps is for the weights in --teacher-ckpt" in err
 
 
-def test_published_figures_stand_beside_published_students_only(
-        checkpoints, teachers, monkeypatch):
-    monkeypatch.setattr(evaluate, "COCO_VAL_IMAGES", 7)
-    val, fewer = (SimpleNamespace(images=[None] * images) for images in (7, 6))
-    student, config = models.load_student(checkpoints["fasterrcnn"])
-    _, other_size = models.load_student(checkpoints["fasterrcnn"], min_size=600)
-    assert evaluate.published_ap(student, config, val) == evaluate.PUBLISHED_AP["fasterrcnn"]
-    assert evaluate.published_ap(student, config, fewer) == {}
-    assert evaluate.published_ap(student, other_size, val) == {}
+@pytest.mark.parametrize("name", "ckpt data_dir teacher_ckpt save_detections pictures".split())
+def test_a_tilde_in_a_path_is_the_home_folder(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = evaluate.parse_args(["--ckpt=x", f"--{name.replace('_', '-')}=~/sub/x"])
+    assert getattr(args, name) == Path("/home/me/sub/x")
 
-    ours = {"bottleneck_channels": 3}
-    for content, is_published in (
-            ({}, True), ({"config": {"train": {}}}, True),  # torchdistill's
-            ({"config": ours | {"is_recipe": True}}, True),
-            ({"config": ours | {"is_recipe": False}}, False), ({"config": ours}, False)):
-        config = models.read_config(content, "file.pt") | {"arch": "fasterrcnn"}
-        assert bool(evaluate.published_ap(student, config, val)) == is_published
 
-    foreign = models.Bottleneck()
-    foreign.encoder[7] = torch.nn.Conv2d(64, 3, kernel_size=2, padding=1)  # with a bias
-    teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"])
-    config = {"arch": "fasterrcnn", "is_recipe": True}
-    assert evaluate.published_ap(models.build_student(teacher, foreign), config, val) == {}
+@pytest.mark.parametrize("name, text", [
+    ("Füchse", "Füchse 0.75"), ("猫", "category 3 0.75"), ("", "category 3 0.75")])
+def test_names_in_pictures_are_those_that_the_font_can_draw(name, text, monkeypatch):
+    texts = []
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda draw, place, text, *args, **how: texts.append(text))
+    val = Mock(iou_types=("bbox",), coco=Mock(cats={3: {"name": name}}))
+    result = {"category_id": 3, "bbox": [2, 2, 9, 9], "score": 0.75}
+    evaluate.draw_panel(torch.zeros(3, 30, 40, dtype=torch.uint8), [result], "title", val)
+    assert texts == [text, "title"]
+
+
+@pytest.mark.parametrize("arch, text", [
+    ("fasterrcnn", "published AP: teacher bbox 0.370, student bbox 0.359"),
+    ("maskrcnn", "published AP: teacher bbox 0.379, segm 0.346, student bbox 0.369, segm 0.336")])
+def test_published_figures_are_printed_for_cocos_val2017_alone(
+        arch, text, tmp_path, call, monkeypatch):
+    student = models.build_student(models.build_detector(arch))
+    metrics = {"bbox": dict.fromkeys(evaluate.METRICS, 0.5)}
+    monkeypatch.setattr(models, "load_student", lambda *args: (student, {"arch": arch} | SIZES))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: (metrics, []))
+    (tmp_path / "x").touch()
+    for images, classes, is_coco in ((5000, 91, True), (4999, 91, False), (5000, 90, False)):
+        val = Mock(images=images * [data.ImageInfo(1, "x", 9, 9)], folder=tmp_path, classes=classes)
+        monkeypatch.setattr(evaluate, "ValSet", lambda *args: val)
+        _, out, _ = call(evaluate.main, "--ckpt", "x", "--device", "cpu", "--workers", 0)
+        assert (text in out.splitlines()) == ("published" in out) == is_coco
+        summary = json.loads(out.splitlines()[-1])
+        assert list(summary) == ["student", "file_bytes", "rate", "jpeg", "head"]

@@ -4,41 +4,31 @@ import torch
 import losses
 
 
-@pytest.fixture
-def student_maps():
-    torch.manual_seed(0)
-    return [torch.randn(2, 8, 6, 7), torch.randn(2, 16, 3, 4)]
+def make_maps(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 8, 6, 7, generator=generator),
+            torch.randn(2, 16, 3, 4, generator=generator)]
 
 
-@pytest.fixture
-def teacher_maps():
-    torch.manual_seed(1)
-    return [torch.randn(2, 8, 6, 7), torch.randn(2, 16, 3, 4)]
-
-
-def test_loss_is_the_weighted_sum_of_squared_differences(student_maps, teacher_maps):
+@pytest.mark.parametrize("weights", [(1, 1), (1, 0), (0.5, 3)])
+def test_loss_is_the_weighted_sum_of_squared_differences(weights):
+    student_maps, teacher_maps = make_maps(0), make_maps(1)
     by_hand = []
     for s, t in zip(student_maps, teacher_maps, strict=True):
         by_hand.append(sum(float((a - b) ** 2) for a, b in zip(s.flatten(), t.flatten())))
-    torch.testing.assert_close(
-        losses.squared_errors(student_maps, teacher_maps), torch.tensor(by_hand))
-    for weights in ((1, 1), (1, 0), (0.5, 3)):
-        loss, errors = losses.ghnd_loss(student_maps, teacher_maps, weights)
-        torch.testing.assert_close(errors, torch.tensor(by_hand))
-        assert loss.item() == pytest.approx(weights[0] * by_hand[0] + weights[1] * by_hand[1])
-
-
-def test_gradient_is_twice_the_difference(student_maps, teacher_maps):
-    for s in student_maps:
         s.requires_grad_()
-    loss, errors = losses.ghnd_loss(student_maps, teacher_maps, (1, 1))
+    loss, errors = losses.ghnd_loss(student_maps, teacher_maps, weights)
+    torch.testing.assert_close(errors, torch.tensor(by_hand))
+    assert loss.item() == pytest.approx(weights[0] * by_hand[0] + weights[1] * by_hand[1])
+
     assert not errors.requires_grad
     loss.backward()
-    for s, t in zip(student_maps, teacher_maps, strict=True):
-        torch.testing.assert_close(s.grad, 2 * (s - t).detach())
+    for weight, s, t in zip(weights, student_maps, teacher_maps, strict=True):
+        torch.testing.assert_close(s.grad, weight * 2 * (s - t).detach())
 
 
-def test_relative_error_of_zeros_is_one_and_of_the_teacher_zero(teacher_maps):
+def test_relative_error_of_zeros_is_one_and_of_the_teacher_zero():
+    teacher_maps = make_maps(1)
     zeros = [torch.zeros_like(t) for t in teacher_maps]
     norms = losses.squared_norms(teacher_maps)
     torch.testing.assert_close(losses.squared_errors(zeros, teacher_maps) / norms, torch.ones(2))

@@ -1,13 +1,12 @@
-"""Every link of the chain against the original: torchdistill 0.0.1 and 1.1.5, Pillow, torchvision."""
+"""Every link of the chain against torchdistill 0.0.1 and 1.1.5, Pillow and torchvision."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,81 +16,57 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import data
-import losses
 import models
 import train
 
 
-def absent(reason):  # a parity test is skipped then, but may not be in CI
+def absent(reason):
+    """Skip a test, except in CI, where none of these may be skipped."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 # ---- torchdistill 0.0.1, which made the published checkpoints ------------------------------------
-@pytest.fixture(scope="session")
-def original(tmp_path_factory):
-    """A function that runs original.py with torchdistill 0.0.1, installed in its own folder."""
-    folder = tmp_path_factory.mktemp("torchdistill-0.0.1")
+
+
+@pytest.fixture(scope="module")
+def students(teachers):
+    """For each architecture, a student of ours whose BatchNorms are as after training."""
+    students = {}
+    for arch in ARCHS:
+        torch.manual_seed(11)
+        students[arch] = models.build_student(
+            models.load_teacher(arch, teachers[arch], **SIZES))
+        for module in students[arch].backbone.body.layer1.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # nothing at 0 or 1
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    return students
+
+
+@pytest.fixture(scope="module")
+def original(students, tmp_path_factory):
+    """The folder of our files and of what 0.0.1, installed there too, makes of them."""
+    folder = tmp_path_factory.mktemp("original")
     pip = subprocess.run([
         sys.executable, "-m", "pip", "install", "torchdistill==0.0.1", "--quiet", "--no-deps",
-        "--target", folder], capture_output=True, text=True)
+        "--target", folder / "0.0.1"], capture_output=True, text=True)
     if pip.returncode:
         absent(f"torchdistill 0.0.1 cannot be installed: {pip.stderr.strip().splitlines()[-1]}")
-    return lambda *args: subprocess.run(
-        [sys.executable, Path(__file__).with_name("original.py"), *args], check=True,
-        env={**os.environ, "PYTHONPATH": str(folder)})
+    write_annotations(folder / "instances.json")
+    for arch, student in students.items():
+        optimizer, scheduler = train.build_optimizer(student, train.EXPERIMENTS[arch])
+        sum(p.sum() for p in student.parameters() if p.requires_grad).backward()
+        optimizer.step()
+        models.save_checkpoint({
+            "model": student.state_dict(), "optimizer": optimizer.state_dict(),
+            "best_value": 0.125, "lr_scheduler": scheduler.state_dict(), "config": {},
+            "args": None}, folder / f"{arch}.pt")
+    subprocess.run([sys.executable, Path(__file__).with_name("original.py"), folder], check=True,
+                   env={**os.environ, "PYTHONPATH": str(folder / "0.0.1")})
+    return folder
 
 
-@pytest.fixture(scope="module", params=ARCHS)
-def both_students(request, original, teachers, tmp_path_factory):
-    """Our student, saved as train.py saves it, and what 0.0.1 made of that file."""
-    arch, folder = request.param, tmp_path_factory.mktemp("parity")
-    torch.manual_seed(11)
-    student = models.build_student(models.load_teacher(arch, teachers[arch], **SIZES))
-    for module in student.backbone.body.layer1.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # as after training: nothing at 0 or 1
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    optimizer, scheduler = train.build_optimizer(student, train.EXPERIMENTS[arch])
-    sum(p.sum() for p in student.parameters() if p.requires_grad).backward()
-    optimizer.step()
-    models.save_checkpoint({
-        "model": student.state_dict(), "optimizer": optimizer.state_dict(), "best_value": 0.125,
-        "lr_scheduler": scheduler.state_dict(), "config": {}, "args": None}, folder / "ours.pt")
-    original("student", arch, folder / "ours.pt", folder)
-    return arch, student, folder, torch.load(folder / "seen.pt", weights_only=True)
-
-
-@torch.no_grad()
-def outputs(student):
-    images = [torch.rand(3, 90, 120, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    batch = student.transform(images)[0].tensors
-    return list(student.backbone.body(batch).values()), student(images)
-
-
-def test_original_student_loads_our_checkpoint_strictly_and_computes_the_same(both_students):
-    arch, student, _, seen = both_students
-    assert seen["keys"] == list(student.state_dict())
-    assert seen["best_value"] == 0.125 and seen["steps"] == 25
-    features, detections = found = outputs(student)
-    assert same(found, (seen["features"], seen["detections"])) and len(features) == 4
-    kinds = {"boxes", "scores", "labels"} | ({"masks"} if arch == "maskrcnn" else set())
-    assert all(d.keys() == kinds and len(d["boxes"]) > 1 for d in detections)
-    torch.manual_seed(5)  # layer1's modules, made in the same order, draw the same numbers
-    initial = models.Bottleneck(3).state_dict()
-    assert list(initial) == list(seen["initial"]) and same(initial, seen["initial"])
-
-
-@pytest.mark.parametrize("file", ["zip.pt", "old.pt"])
-def test_original_checkpoint_loads_strictly_into_our_student(both_students, file):
-    arch, student, folder, seen = both_students
-    loaded, config = models.load_student(folder / file, **SIZES)
-    assert config["arch"] == arch and same(loaded.state_dict(), student.state_dict())
-    assert same(outputs(loaded), (seen["features"], seen["detections"]))
-    content = models.load_checkpoint(folder / file)
-    assert content["best_value"] == 0.25 and content["args"].config == "x.yaml"
-
-
-def test_batches_are_the_original_ones(original, tmp_path):
+def write_annotations(path):
     rng = np.random.default_rng(0)
     sizes = [(640, 480), (480, 640), (640, 427), (500, 375), (640, 640), (640, 320), (200, 640),
              (640, 200)]
@@ -104,11 +79,41 @@ def test_batches_are_the_original_ones(original, tmp_path):
                 "id": len(content["annotations"]) + 1, "image_id": i, "category_id": 1, "area": 1,
                 "bbox": [0, 0, *rng.choice([0.5, 1, 1.5, 80], 2).tolist()],
                 "iscrowd": int(rng.random() < 0.3)})
-    path, output = tmp_path / "instances.json", tmp_path / "theirs.json"
     path.write_text(json.dumps(content))
-    original("batches", path, output)
-    theirs = json.loads(output.read_text())
-    images = data.read_train_images(path)
+
+
+@torch.no_grad()
+def outputs(student):
+    image = torch.rand(3, 90, 120, generator=torch.Generator().manual_seed(0))
+    batch = student.transform([image])[0].tensors
+    return list(student.backbone.body(batch).values()), student([image])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_checkpoints_load_strictly_both_ways_and_compute_the_same(arch, students, original):
+    student, seen = students[arch], torch.load(original / f"{arch}_seen.pt", weights_only=True)
+    assert seen["keys"] == list(student.state_dict())
+    assert seen["best_value"] == 0.125 and seen["steps"] == 25
+    features, [detections] = found = outputs(student)
+    assert same(found, (seen["features"], seen["detections"])) and len(features) == 4
+    kinds = {"boxes", "scores", "labels"} | ({"masks"} if arch == "maskrcnn" else set())
+    assert detections.keys() == kinds and len(detections["boxes"]) > 1
+    torch.manual_seed(5)  # layer1's modules, made in the same order, draw the same numbers
+    initial = models.Bottleneck(3).state_dict()
+    assert list(initial) == list(seen["initial"]) and same(initial, seen["initial"])
+
+    for suffix in ("zip", "old"):
+        path = original / f"{arch}_{suffix}.pt"
+        loaded, config = models.load_student(path, **SIZES)
+        assert config["arch"] == arch and same(loaded.state_dict(), student.state_dict())
+        assert same(outputs(loaded), found)
+        content = models.load_checkpoint(path)
+        assert content["best_value"] == 0.25 and content["args"].config == "x.yaml"
+
+
+def test_batches_are_the_original_ones(original):
+    theirs = json.loads((original / "batches.json").read_text())
+    images = data.read_train_images(original / "instances.json")
     assert [image.id for image in images] == theirs.pop("ids") and 100 < len(images) < 800
     groups = data.aspect_ratio_groups([i.width for i in images], [i.height for i in images])
     assert groups.tolist() == theirs.pop("groups")
@@ -123,6 +128,7 @@ def test_batches_are_the_original_ones(original, tmp_path):
 
 
 # ---- torchdistill 1.1.5: its distillation box with the published configuration -------------------
+
 LAYERS = [f"seq.backbone.body.layer{i}" for i in (1, 2, 3, 4)]
 
 
@@ -149,25 +155,16 @@ def box_config():
             "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}}}
 
 
-def make_pair(path):
-    teacher = models.load_teacher("fasterrcnn", path, 64, 128)
-    torch.manual_seed(0)
-    return teacher, models.build_student(teacher)
-
-
-def train_original(path, batches, threads):
-    """Train with its box, one batch an epoch; returns (lr, loss, terms) of steps, student, Adam."""
+def train_original(student, teacher, batches):
+    """Train with its box, one batch an epoch; return (lr, loss, terms) of steps, and Adam."""
     try:
         from torchdistill.core.distillation import get_distillation_box
     except ImportError as error:
         absent(f"torchdistill 1.1.5 is not installed: {error}")
-    teacher, student = copy.deepcopy(make_pair(path))
     for name, parameter in student.named_parameters():  # as torchvision's fresh detectors come
         parameter.requires_grad_(
             not name.startswith(("backbone.body.bn1", "rpn", "roi_heads", "backbone.fpn")))
-    torch.set_num_threads(threads)
-    box = get_distillation_box(
-        teacher, student, {}, box_config(), torch.device("cpu"), None, False, 1.0)
+    box = get_distillation_box(teacher, student, {}, box_config(), CPU, None, False, 1.0)
     terms, steps = [], []
     for criterion, _ in box.criterion.term_dict.values():
         criterion.register_forward_hook(lambda module, args, output: terms.append(output.item()))
@@ -178,40 +175,24 @@ def train_original(path, batches, threads):
         steps.append([box.optimizer.param_groups[0]["lr"], loss.item(), *terms[-4:]])
         box.post_forward_process(loss=loss)
         box.post_epoch_process()
-    torch.set_num_threads(2)
-    return np.array(steps), student, box.optimizer
+    return np.array(steps), box.optimizer
 
 
-class OneBatch(list):
-    """A loader of one batch of 4 images."""
-
-    batch_sampler = SimpleNamespace(batch_size=4)
-
-
-def train_ours(path, batches, monkeypatch):
-    """The same with train.train_epoch, on one process with one micro-batch of 4 images a step."""
-    experiment = replace(train.FASTERRCNN, images_per_step=4)
-    teacher, student = (models.to_device(detector, CPU) for detector in make_pair(path))
-    student_body, teacher_body = models.training_bodies(student, teacher)
-    run = train.Run(student, *train.build_optimizer(student, experiment))
-    terms, steps, squared_errors = [], [], losses.squared_errors
-
-    def noted(*maps):
-        terms.append(squared_errors(*maps))
-        return terms[-1]
-
-    monkeypatch.setattr(losses, "squared_errors", noted)
+def train_ours(student, teacher, batches):
+    """Do the same with train.train_step, on one process with one batch of 4 images a step."""
+    bodies = models.training_bodies(
+        models.to_device(student, CPU), models.to_device(teacher, CPU))
+    optimizer, scheduler = train.build_optimizer(student, train.EXPERIMENTS["fasterrcnn"])
+    steps = []
     for images in batches:
-        for record in train.train_epoch(
-                experiment, run, student_body, teacher_body, teacher.transform,
-                OneBatch([images])):
-            steps.append([record["lr"], record["loss"], *terms[-1].tolist()])
-        run.start_next_epoch()
-    return np.array(steps), student, run.optimizer
+        loss, terms, _ = train.train_step(*bodies, teacher.transform, [images], optimizer)
+        steps.append([optimizer.param_groups[0]["lr"], loss.item(), *terms.tolist()])
+        scheduler.step()
+    return np.array(steps), optimizer
 
 
 def end_state(student, optimizer):
-    """Every trained parameter, its Adam moments, and every BatchNorm buffer, by name."""
+    """Return every trained parameter, its Adam moments, and every BatchNorm buffer, by name."""
     state, body = {}, student.backbone.body
     for module, prefix in ((body.conv1, "conv1."), (body.layer1, "")):
         for name, parameter in module.named_parameters():
@@ -219,36 +200,49 @@ def end_state(student, optimizer):
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{prefix}{name} {moment}"] = optimizer.state[parameter][moment]
         state |= {prefix + name: buffer for name, buffer in module.named_buffers()}
-    # of true gradient zero, since a BatchNorm follows; Adam turns rounding noise into whole steps
+    # Their true gradient is zero, since a BatchNorm follows; Adam turns rounding noise into steps.
     undetermined = ("decoder.3.bias", "decoder.8.bias", "decoder.5.running_mean",
                     "decoder.10.running_mean")
     return {key: value for key, value in state.items() if key.split()[0] not in undetermined}
 
 
 @pytest.fixture
-def compare(teachers, monkeypatch):
+def compare(teachers):
     """A function that trains by us, the original, and the original with one thread, not two.
 
     Returns the steps of all three; by name, how far in norm our end_state is off; and the third's.
     """
-    def compare(dtype, steps, first_step=0):
+    threads_before = torch.get_num_threads()
+
+    @functools.cache
+    def make_pair(dtype):
         torch.set_default_dtype(dtype)  # also what uint8 / 255 becomes
+        teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 64, 128)
+        torch.manual_seed(0)
+        return models.build_student(teacher), teacher
+
+    def compare(dtype, steps, first_step=0):
         batches = [[torch.randint(0, 256, (3, h, w), dtype=torch.uint8,
                                   generator=torch.Generator().manual_seed(4 * b + i))
                     for i, (h, w) in enumerate([(70, 96), (64, 80), (75, 100), (66, 99)])]
                    for b in range(first_step, first_step + steps)]
-        path = teachers["fasterrcnn"]
-        theirs, noisy = (train_original(path, batches, threads) for threads in (2, 1))
-        runs = train_ours(path, batches, monkeypatch), theirs, noisy
-        ours, wanted, noisy = (end_state(*run[1:]) for run in runs)
+        tables, states = [], []
+        for train_pair, threads in ((train_ours, 2), (train_original, 2), (train_original, 1)):
+            torch.set_num_threads(threads)
+            student, teacher = copy.deepcopy(make_pair(dtype))
+            table, optimizer = train_pair(student, teacher, batches)
+            tables.append(table)
+            states.append(end_state(student, optimizer))
+        ours, wanted, noisy = states
         assert {v.dtype for v in [*ours.values(), *wanted.values()]} == {dtype, torch.int64}
         off, noise = ({key: ((state[key] - value).double().norm()
                              / value.double().norm().clamp(min=1e-300)).item()
                        for key, value in wanted.items()} for state in (ours, noisy))
-        return *(run[0] for run in runs), off, noise
+        return *tables, off, noise
 
     yield compare
     torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads_before)
 
 
 def test_training_follows_the_original_in_float64(compare):
@@ -291,37 +285,36 @@ def test_one_step_follows_the_original_in_float32(compare):
 
 
 # ---- pixels: Pillow and torchvision's own transform ----------------------------------------------
+
+
+class Body(torch.nn.Module):
+    """Four maps that are no work, and a list of the batches that came in."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.ones(1, 1))
+        self.batches = []
+
+    def forward(self, batch):
+        self.batches.append(batch)
+        return {str(i): self.value for i in range(4)}
+
+
 def test_batches_are_prepared_as_the_original_prepares_them(dataset, teachers):
     """Pillow, to_tensor, flip and the detector's transform against ours: the same, bit for bit."""
     teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], **SIZES)
     transform = copy.deepcopy(teacher.transform)
     models.to_device(teacher, CPU)
-    student = models.build_student(teacher)
     images, folder = data.load_train_split(dataset, 160)
     loader = data.train_loader(images, folder, 4, seed=0, workers=0, device=CPU)
-    batches, flips = [], set()
-
-    class Body(torch.nn.Module):
-        """Four maps that are no work, and a note of the batch."""
-
-        def __init__(self, value, note):
-            super().__init__()
-            self.value = torch.nn.Parameter(torch.full((1, 1), value))
-            self.note = note
-
-        def forward(self, batch):
-            self.note(batch)
-            return {str(i): self.value for i in range(4)}
-
-    run = train.Run(student, torch.optim.SGD(student.backbone.body.conv1.parameters()), None)
-    list(train.train_epoch(
-        replace(train.FASTERRCNN, images_per_step=4), run, Body(1.0, batches.append),
-        Body(2.0, lambda batch: None), teacher.transform, loader))
-    for keys, batch in zip(loader.batch_sampler, batches, strict=True):
+    body, flips = Body(), set()
+    optimizer = torch.optim.SGD(body.parameters())
+    for keys, micro_batch in zip(loader.batch_sampler, loader, strict=True):
+        train.train_step(body, Body(), teacher.transform, [micro_batch], optimizer)
         originals = []
         for position, flip in keys:
             image = Image.open(folder / images[position].file_name).convert("RGB")
             originals.append(to_tensor(image).flip([-1] * flip))
             flips.add(flip)
-        assert same(batch, transform(originals)[0].tensors)
-    assert flips == {False, True} and len(batches) > 4
+        assert same(body.batches[-1], transform(originals)[0].tensors)
+    assert flips == {False, True} and len(body.batches) > 4

@@ -1,4 +1,4 @@
-"""Every block of Python in README is run, with small data under the names that it uses."""
+"""Every block of Python in both READMEs is run, with small data under the names that it uses."""
 
 import json
 import re
@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import BEST, ROOT, records
 
-import distributed
 import evaluate
+import losses
 import models
 import train
 
-BLOCKS = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-PLOT, PRECISION, SPLIT, STRIDED, RATED, QUANTIZED = BLOCKS
-SERVER, DEVICE, EXPORT = re.findall(
+SPLIT, STRIDED, SPARSE = re.findall(
+    r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PLOT, PRECISION, SERVER, DEVICE, EXPORT = re.findall(
     r"```python\n(.+?)```", (ROOT / "tests" / "README.md").read_text(), re.DOTALL)
 BEST = BEST.format("fasterrcnn")
 
@@ -53,9 +53,10 @@ TRAIN = ("--arch fasterrcnn --output-dir out --images-per-step 1 --limit-train 2
          "--min-size 64 --max-size 96").split()
 
 
-def test_the_plot(place, monkeypatch):
+def test_the_plot(place):
     pytest.importorskip("matplotlib").use("agg")
     (place / "coco" / "maskrcnn").mkdir(parents=True)
+    (place / "tests").symlink_to(ROOT / "tests")
     lines = [{"kind": "start"}, *({"kind": "epoch", "epoch": i, "loss": 3e6 / i} for i in (1, 2))]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (place / "coco" / "maskrcnn" / "metrics.jsonl").write_text(text)
@@ -63,7 +64,7 @@ def test_the_plot(place, monkeypatch):
     assert (place / "loss.png").stat().st_size > 5000
 
 
-def test_ap_of_each_category(place, teachers, dataset, capsys, monkeypatch):
+def test_ap_of_each_category(place, dataset, capsys):
     pytest.importorskip("matplotlib").use("agg")
     # A trained student would take minutes, so these are the annotations, those of boxes moved.
     content = json.loads((dataset / "annotations" / "instances_val2017.json").read_text())
@@ -118,30 +119,19 @@ def test_another_bottleneck_is_trained_resumed_and_evaluated(run_script, place, 
     run_script(STRIDED, "evaluate", "--ckpt", f"out/{BEST}", "--bits", 32)
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["rate"][0]["metrics"] == summary["student"]
-    assert not records(place / "out", "start")[0]["config"]["bottleneck"].startswith("models.")
+    [start, _] = records(place / "out", "start")
+    assert start["config"]["bottleneck"] == "__main__.Strided"
+    assert start["config"]["bottleneck_channels"] == 6
 
 
-def test_one_more_loss_term_is_trained(run_script, place):
+def test_one_more_loss_term_is_trained(place, dataset, teachers):
     """The logged loss has the term; the first step's errors are those of a run without it."""
-    run_script(RATED, *TRAIN, "--epochs", 1)
-    [start] = records(place / "out", "start")
-    assert start["config"]["criterion"] == "__main__.loss_with_rate"
-    run_script(RATED.replace("+ 0.1 *", "+ 0 *"), *TRAIN, "--epochs", 1, "--output-dir", "without")
+    names = {"losses": losses}
+    exec(SPARSE, names)
+    flags = [*TRAIN, "--epochs", "1", "--data-dir", str(dataset), "--limit-val", "1", "--workers", "0",
+             "--teacher-ckpt", str(teachers["fasterrcnn"]), "--device", "cpu"]
+    train.main(flags, criterion=names["sparse_loss"])
+    train.main([*flags, "--output-dir", "without"])
     step, without = (records(place / folder, "step")[0] for folder in ("out", "without"))
     assert step["relative_errors"] == without["relative_errors"]
     assert step["loss"] > without["loss"]
-
-
-def test_quantization_aware_training(run_script, place, dataset, capsys, monkeypatch):
-    """What was validated is what evaluate.py, which knows nothing of it, gives at 2 bits."""
-    run_script(QUANTIZED, *TRAIN, "--epochs", 1)
-    [epoch] = records(place / "out", "epoch")
-    monkeypatch.setattr("sys.argv", [
-        "evaluate.py", "--ckpt", f"out/{BEST}", "--data-dir", str(dataset), "--limit-val", "1",
-        "--device", "cpu", "--workers", "0", "--bits", "2"])
-    capsys.readouterr()
-    distributed.run(evaluate.main)
-    out = capsys.readouterr().out
-    assert json.loads(out.splitlines()[-1])["rate"][0]["metrics"] == epoch["metrics"]
-    assert "'bottleneck': '__main__.Quantized'}, used with " in out
-    assert train.RunFolder(place / "out", "fasterrcnn").best.exists()

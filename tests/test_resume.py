@@ -1,125 +1,25 @@
 """Runs that are killed, restarted or moved: what is left, what follows, and whose the folder is."""
 
-import json
+import errno
+import fcntl
+import gc
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import BEST, records, same, torchrun
+from conftest import BEST, records, same, start_process
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import distributed
-import losses
 import models
 import train
 from distributed import InputError
 
 BEST, LAST = BEST.format("fasterrcnn"), "last.pt"
-
-
-@pytest.fixture(scope="module")
-def flags(dataset, teachers):
-    """Two epochs of four steps, saved after each second."""
-    return ["--arch", "fasterrcnn", "--data-dir", dataset, "--teacher-ckpt", teachers["fasterrcnn"],
-            "--epochs", "2", "--images-per-step", "4", "--limit-train", "16", "--limit-val", "1",
-            "--save-every", "2", "--log-every", "3", "--min-size", "64", "--max-size", "96",
-            "--device", "cpu", "--workers", "0"]
-
-
-@pytest.fixture(scope="module")
-def never_killed(flags, tmp_path_factory):
-    """A function that gives the folder of a run of so many processes that was never killed."""
-    folders = {}
-
-    def never_killed(finish, world_size):
-        if world_size not in folders:
-            folders[world_size] = tmp_path_factory.mktemp("whole")
-            finish(train.main, *flags, "--output-dir", folders[world_size], world_size=world_size)
-        return folders[world_size]
-
-    return never_killed
-
-
-def load(path):
-    content = torch.load(path, weights_only=True)
-    return {key: content[key] for key in ("model", "optimizer", "lr_scheduler", "best_value")}
-
-
-def assert_same_run(a, b):
-    """The same tensors in all files, and the same metrics; no file is left over."""
-    for name in (BEST, LAST):
-        assert same(load(a / name), load(b / name)), name
-    for folder in (a, b):
-        files = {path.name for path in folder.rglob("*") if path.is_file()}
-        assert files == {BEST, "last.pt", "metrics.jsonl", "train.log"}
-    by_epoch = [{r["epoch"]: r["metrics"] for r in records(folder, "epoch")}
-                for folder in (a, b)]  # of a record that was repeated, the last counts
-    assert by_epoch[0] == by_epoch[1]
-    tests = [records(folder, "test")[-1] for folder in (a, b)]
-    assert tests[0] == tests[1]
-
-
-# ---- killed --------------------------------------------------------------------------------------
-
-
-def killed_in_the_third_step():
-    """train.main, but killed on the last process, which has waited for the others' third step."""
-    steps, step = [], torch.optim.Adam.step
-
-    def counted_step(self, *args):
-        steps.append(1)
-        if len(steps) == 3 and distributed.rank() == distributed.world_size() - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *args)
-
-    torch.optim.Adam.step = counted_step
-    train.main()
-
-
-def killed_while_the_best_is_saved():
-    """train.main, but killed when it has written a part of the best checkpoint."""
-
-    def save(content, path):
-        if path.name == BEST:
-            models.part_file(path, os.getpid()).write_bytes(b"half a file")
-            os.kill(os.getpid(), signal.SIGKILL)
-        save_checkpoint(content, path)
-
-    save_checkpoint, models.save_checkpoint = models.save_checkpoint, save
-    train.main()
-
-
-def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
-        flags, start, finish, never_killed, tmp_path):
-    for main in (killed_in_the_third_step, killed_while_the_best_is_saved):
-        job = start(main, *flags, "--output-dir", tmp_path, "--resume")
-        assert job.wait() == [-signal.SIGKILL] and ": error: " not in job.err
-        with (tmp_path / "metrics.jsonl").open("a") as file:
-            file.write('{"kind": "step", "epo')  # as if the kill had cut the last line
-    job = finish(train.main, *flags, "--output-dir", tmp_path, "--resume")
-    assert "from epoch 0, step 4 on" in job.out
-    assert_same_run(tmp_path, never_killed(finish, None))
-    assert len(records(tmp_path, "start")) == 3
-
-
-def test_torchrun_resumes_by_itself_when_a_process_is_killed(
-        flags, finish, never_killed, tmp_path):
-    process = torchrun(__file__, *flags, "--output-dir", tmp_path, "--resume", nproc=2,
-                       more=["--max-restarts=1"])
-    assert process.returncode == 0, process.stderr
-    for text in ("from epoch 0, step 0 on", "from epoch 0, step 2 on"):
-        assert text in process.stdout
-    assert_same_run(tmp_path, never_killed(finish, 2))
-
-
-def test_another_number_of_processes_goes_on_at_the_same_step(
-        flags, finish, never_killed, tmp_path):
-    shutil.copytree(never_killed(finish, None), tmp_path, dirs_exist_ok=True)
-    job = finish(train.main, *flags, "--output-dir", tmp_path, "--resume", "--epochs", 3,
-                 world_size=2)
-    assert "from epoch 1, step 4 on" in job.out
-    assert [r["epoch"] for r in records(tmp_path, "epoch")] == [0, 1, 1, 2]
 
 
 class Noisy(models.Bottleneck):
@@ -130,103 +30,175 @@ class Noisy(models.Bottleneck):
         return self.decoder(z + torch.randn_like(z) if self.training else z)
 
 
-def test_random_numbers_are_the_same_after_resuming(dataset, teachers, tmp_path):
-    calls_left = {"whole": 4, "stopped": 2}
+def main(argv=None):
+    return train.main(argv, bottleneck=Noisy)
 
-    def criterion(*args):
-        calls_left[folder] -= 1
-        if calls_left[folder] < 0:
-            raise KeyboardInterrupt
-        return losses.ghnd_loss(*args)
 
-    def run(**settings):
-        train.run_experiment(
-            train.Experiment("fasterrcnn", epochs=1, images_per_step=4, min_size=64, max_size=96),
-            data_dir=dataset, output_dir=tmp_path / folder, teacher_ckpt=teachers["fasterrcnn"],
-            limit_train=16, limit_val=1, save_every=2, workers=0, device="cpu", bottleneck=Noisy,
-            criterion=criterion, **settings)
+@pytest.fixture(scope="module")
+def flags(dataset, teachers):
+    """Epochs of three steps, saved after the second and the third."""
+    return ["--arch", "fasterrcnn", "--data-dir", str(dataset), "--teacher-ckpt",
+            str(teachers["fasterrcnn"]), "--images-per-step", "3", "--limit-train", "9",
+            "--limit-val", "1", "--save-every", "2", "--log-every", "3", "--min-size", "32",
+            "--max-size", "64", "--device", "cpu", "--workers", "0"]
 
-    folder = "whole"
-    run()
-    folder = "stopped"
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    calls_left[folder] = 2
-    run(resume=True)
-    assert same(load(tmp_path / "whole" / LAST), load(tmp_path / "stopped" / LAST))
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that are killed, or sums would have another order here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    distributed.log_to(None)
+
+
+def assert_same_run(a, b):
+    """The same tensors in all files, and the same metrics; no file is left over."""
+    for folder in (a, b):
+        files = {path.name for path in folder.rglob("*") if path.is_file()}
+        assert files == {BEST, LAST, "metrics.jsonl", "train.log"}
+    for name in (BEST, LAST):
+        assert same(models.load_checkpoint(a / name), models.load_checkpoint(b / name)), name
+    # Of a record that was repeated, the last counts.
+    metrics_a, metrics_b = (
+        {r.get("epoch"): r["metrics"] for kind in ("epoch", "test") for r in records(folder, kind)}
+        for folder in (a, b))
+    assert metrics_a == metrics_b
+
+
+# ---- killed --------------------------------------------------------------------------------------
+
+
+def killed_in_the_third_step():
+    """main, but killed on the last process, which has waited for the others' third step."""
+    steps, step = [], torch.optim.Adam.step
+
+    def counted_step(self, *args):
+        steps.append(1)
+        if len(steps) == 3 and distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args)
+
+    torch.optim.Adam.step = counted_step
+    main()
+
+
+def killed_while_the_best_is_saved():
+    """main, but killed when it has written a part of the best checkpoint."""
+
+    def save(content, path):
+        if path.name == BEST:
+            path.with_name(f"{BEST}.part").write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_checkpoint(content, path)
+
+    save_checkpoint, models.save_checkpoint = models.save_checkpoint, save
+    main()
+
+
+def test_a_run_killed_again_and_again_ends_as_one_that_never_was(flags, start, tmp_path, capfd):
+    """With a bottleneck that draws random numbers, too."""
+    whole, killed = ([*flags, "--epochs", "2", "--output-dir", str(tmp_path / name)]
+                     for name in ("whole", "killed"))
+    main(whole)
+    for victim in (killed_in_the_third_step, killed_while_the_best_is_saved):
+        job = start(victim, *killed, "--resume")
+        assert job.wait() == [-signal.SIGKILL] and ": error: " not in job.err
+        with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "step", "epo')  # as if the kill had cut the last line
+    assert "from epoch 0, step 2 on" in job.out
+    main([*killed, "--resume"])
+    assert "from epoch 0, step 3 on" in capfd.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert len(records(tmp_path / "killed", "start")) == 3
+
+
+def killed_once():
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    killed_in_the_third_step() if is_first else main()
+
+
+def by_torchrun():
+    """Do as torchrun --nproc_per_node=3 --max-restarts=1; the first flag: where output goes."""
+    config = LaunchConfig(
+        1, 1, 3, run_id="run", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
+        monitor_interval=0.1, start_method="forkserver")
+    script, output, *flags = sys.argv
+    elastic_launch(config, start_process)(killed_once, [script, *flags], Path(output), {})
+
+
+@pytest.fixture(scope="module")
+def on_three_processes(tmp_path_factory):
+    return tmp_path_factory.mktemp("three")
+
+
+def test_torchrun_resumes_three_processes_to_the_last_bit(
+        flags, finish, on_three_processes, tmp_path):
+    """When one of them is killed, without anybody's help."""
+    flags = [*flags, "--epochs", 1, "--output-dir"]
+    finish(main, *flags, on_three_processes, world_size=3)
+    finish(by_torchrun, tmp_path / "output", *flags, tmp_path / "run", "--resume")
+    out = (tmp_path / "output.out").read_text()
+    for text in ("from epoch 0, step 0 on", "from epoch 0, step 2 on", "epoch 0: mean loss"):
+        assert out.count(text) == 1, out
+    assert [start["processes"] for start in records(tmp_path / "run", "start")] == [3, 3]
+    assert_same_run(tmp_path / "run", on_three_processes)
+
+
+def test_what_an_earlier_state_wrote_on_three_processes_goes_on_on_one(
+        flags, on_three_processes, tmp_path, capfd):
+    shutil.copytree(on_three_processes, tmp_path / "run")
+    content = models.load_checkpoint(tmp_path / "run" / LAST)
+    content["config"] = {
+        "arch": "fasterrcnn", "bottleneck_channels": 3, "layer_weights": (1.0,) * 4, "epochs": 1,
+        "images_per_step": 3, "reference_batch": 4, "lr": 1e-3, "lr_drops": (5, 15),
+        "lr_drop_factor": 0.1, "min_size": 32, "max_size": 64, "seed": 0, "amp": None,
+        "bottleneck": "test_resume.Noisy", "criterion": "losses.ghnd_loss",
+        "predictor": "evaluate.whole", "train_images": 9, "val_images": 1, "is_recipe": False}
+    torch.save(content, tmp_path / "run" / LAST)
+    student, config = models.load_student(tmp_path / "run" / LAST)
+    assert same(dict(student.state_dict()), dict(content["model"])) and config["max_size"] == 64
+    (tmp_path / "run" / BEST).unlink()  # where it is gone, the next validation counts as the best
+    main([*flags, "--epochs", "2", "--output-dir", str(tmp_path / "run"), "--resume"])
+    assert "from epoch 0, step 3 on" in capfd.readouterr().out
+    assert [(record["epoch"], record["best"]) for record in records(tmp_path / "run", "epoch")] == [
+        (0, True), (0, True), (1, False)]
 
 
 # ---- a folder has one owner ----------------------------------------------------------------------
 
 
-def content_of(**changes):
-    return {"model": {}, "best_value": 0.0, "progress": {}, "config": {"arch": "fasterrcnn"}} | changes
+def test_a_folder_belongs_to_one_run_at_a_time(flags, start, tmp_path):
+    """Also where an earlier run of the process has failed, and after loader workers have started."""
+    flags = [*flags, "--output-dir", str(tmp_path / "run")]
+    failed, batches = [], []
+
+    def criterion(*_):
+        failed.clear()
+        gc.collect()  # an open file of the failed run would now be closed, and the lock be lost
+        for more in ([], ["--resume"]):
+            job = start(train.main, *flags, *more)
+            assert job.wait(60) == [1] and job.err.count("\n") == 1, job.err
+            assert "another run, or another process of this one, is using" in job.err
+        raise KeyboardInterrupt
+
+    with pytest.raises(InputError, match="No such file") as error:
+        train.main([*flags, "--teacher-ckpt", str(tmp_path / "x")])
+    failed.append(error)
+    del error
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--workers", "1"], criterion=criterion)
+    job = start(train.main, *flags, "--teacher-ckpt", tmp_path / "x")  # the folder is free again
+    assert job.wait(60) == [1] and "No such file" in job.err
 
 
-def claim(folder, resume=False):
-    """A RunFolder that has claimed a folder."""
-    run_folder = train.RunFolder(folder, "fasterrcnn")
-    run_folder.claim({"kind": "start"}, resume)
-    return run_folder
+def test_where_there_are_no_locks_a_line_says_so(tmp_path, monkeypatch, capfd):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-
-def test_a_folder_is_given_to_one_new_run(tmp_path):
-    first = claim(tmp_path)
-    with pytest.raises(InputError, match="metrics.jsonl is there; go on with its run by --resume"):
-        claim(tmp_path)
-    first.save(first.last, content_of())
-    with pytest.raises(InputError, match="last.pt is there"):
-        claim(tmp_path)
-
-
-@pytest.mark.parametrize("has_trained", [False, True])
-def test_a_run_that_fails_before_its_first_step_leaves_the_folder_free(has_trained, tmp_path):
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
     folder = train.RunFolder(tmp_path, "fasterrcnn")
-    with pytest.raises(InputError, match="^annotations$"):
-        with folder.claimed({"kind": "start"}, resume=False) as content:
-            assert content is None and folder.metrics.exists()
-            if has_trained:
-                folder.record({"kind": "step"})
-            raise InputError("annotations")
-    assert folder.metrics.exists() == has_trained
-
-
-def test_of_two_runs_that_go_on_the_second_to_save_stops(tmp_path):
-    first = claim(tmp_path)
-    first.save(first.last, content_of())
-    second = claim(tmp_path, resume=True)
-    second.save(second.last, content_of(best_value=1.0))
-    for path in (first.last, first.best):
-        with pytest.raises(InputError, match="last.pt was changed by another run; this one stops"):
-            first.save(path, content_of(best_value=2.0))
-    assert models.load_checkpoint(first.last)["best_value"] == 1 and not first.best.exists()
-    second.save(second.best, content_of())
-
-
-def test_what_is_resumed_has_whole_lines_and_no_parts_of_the_dead(tmp_path):
-    first = claim(tmp_path)
-    first.save(first.last, content_of())
-    with first.metrics.open("a") as file:
-        file.write('{"kind": "step", "lo')
-    living, dead = (models.part_file(first.last, process) for process in (os.getppid(), 2**22 + 1))
-    for part in (living, dead):
-        part.write_bytes(b"half")
-    claim(tmp_path, resume=True)
-    assert living.exists() and not dead.exists()
-    lines = [json.loads(line) for line in first.metrics.read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["start", "start"]
-
-
-def test_a_field_that_is_younger_than_the_file_has_its_default(tmp_path):
-    config = train.default_config("fasterrcnn")
-    for name in ("layer_weights", "criterion"):
-        old = {key: value for key, value in config.items() if key != name}
-        train.check_config({"config": old}, config, tmp_path)
-        with pytest.raises(InputError, match=f"belongs to a run with {name} "):
-            train.check_config({"config": old}, config | {name: "another"}, tmp_path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    distributed.run(killed_in_the_third_step if is_first else train.main)
+    assert folder.lock_and_read(resume=True) is None
+    folder.close()
+    assert "cannot be locked ([Errno 37] No locks available): take care" in capfd.readouterr().out

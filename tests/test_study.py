@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import study
+import torch
+from conftest import CPU, same
+from from_masks import convert
+from PIL import Image
+
+import data
+import models
+import train
+from distributed import InputError
+
+
+def train_on(teacher, training_bodies, layer_weights):
+    """Train a student on three batches, the last of images of both others; return its state."""
+    torch.manual_seed(0)
+    images = list(torch.randint(256, (8, 3, 64, 96), dtype=torch.uint8))
+    student = models.build_student(teacher).train()
+    optimizer, _ = train.build_optimizer(student, train.EXPERIMENTS["fasterrcnn"])
+    bodies = training_bodies(student, teacher, False, len(layer_weights))
+    for batch in (images[:4], images[4:], [images[i] for i in (6, 1, 4, 3)]):
+        train.train_step(
+            *bodies, teacher.transform, [batch], optimizer, layer_weights=layer_weights)
+    return student.state_dict()
+
+
+def test_with_kept_teacher_maps_training_is_the_same_to_the_last_bit(teachers):
+    computed = []
+
+    def counting_bodies(*args):
+        student_body, teacher_body = models.training_bodies(*args)
+        teacher_body.register_forward_hook(lambda *hooked: computed.append(hooked))
+        return student_body, teacher_body
+
+    teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 64, 96)
+    models.to_device(teacher, CPU)
+    keeping_bodies = study.keep_teacher_maps(counting_bodies)
+    for layer_weights in ([1, 1, 1, 1], [1]):
+        plain = train_on(teacher, models.training_bodies, layer_weights)
+        assert same(train_on(teacher, keeping_bodies, layer_weights), plain)
+        assert len(computed) == 2
+
+
+def test_a_finished_result_is_kept_and_another_is_not_taken_for_it(tmp_path):
+    file = tmp_path / "results.json"
+
+    def fail():
+        raise KeyboardInterrupt
+
+    assert study.once(file, "a", {"epochs": 3}, lambda n: [{"AP": n}], 0.5) == [{"AP": 0.5}]
+    with pytest.raises(KeyboardInterrupt):
+        study.once(file, "b", {"epochs": 3}, fail)
+    assert study.once(file, "a", {"epochs": 3}, fail) == [{"AP": 0.5}]
+    with pytest.raises(InputError, match="'a' was made with {'epochs': 3}, not {'epochs': 4}"):
+        study.once(file, "a", {"epochs": 4}, fail)
+    assert list(json.loads(file.read_text())) == ["a"]
+
+
+def test_quantization_aware_training_starts_at_its_step_and_passes_gradients_on():
+    torch.manual_seed(0)
+    bottleneck = study.quantized(2, first_step=2)().train()
+    encoded, sent = [], []
+    bottleneck.encoder.register_forward_hook(lambda module, x, z: encoded.append(z))
+    bottleneck.decoder.register_forward_pre_hook(lambda module, z: sent.append(*z))
+    x = torch.rand(2, 64, 8, 8)
+    outputs = [bottleneck(x) for _ in range(3)]
+    assert torch.equal(sent[1], encoded[1]) and not torch.equal(outputs[1], outputs[2])
+    wanted = [models.dequantize(*models.quantize(image, 2)) for image in encoded[2]]
+    torch.testing.assert_close(sent[2], torch.stack(wanted))
+    gradients = torch.autograd.grad(outputs[2].sum(), (encoded[2], sent[2]))
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
+def test_a_strided_bottleneck_sends_a_quarter_of_the_pixels():
+    strided = study.Strided(6)
+    assert models.check_bottleneck(strided) == 6
+    assert strided.encoder(torch.rand(1, 64, 16, 24)).shape == (1, 6, 8, 12)
+
+
+@pytest.fixture
+def args(dataset, teachers, tmp_path):
+    args = study.parse_args([
+        "--data-dir", str(dataset), "--arch", "fasterrcnn", "--folder", str(tmp_path), "--epochs",
+        "1", "--min-size", "64", "--max-size", "96", "--every", "10"])
+    args.teacher_file = teachers["fasterrcnn"]
+    return args
+
+
+@pytest.mark.parametrize("name", ["qat-2", "torchdistill"])
+def test_a_student_is_trained_and_evaluated_through_its_bits(name, args, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "BITS", [4])
+    rows = study.make_student(args, study.list_variants(steps=9)[name], 0, tmp_path / "run")
+    assert [(row["bits"], list(row["metrics"])) for row in rows] == [
+        (2 if name == "qat-2" else 4, ["bbox"])]
+
+
+def test_a_table_and_a_figure_show_what_was_found(tmp_path, capsys):
+    found = {}
+    for name, sent, ap, sent_bytes in (
+            ("teacher", "the files", 0.5, 200), ("teacher", "JPEG 75", 0.4, 50),
+            ("ghnd", "32-bit", 0.3, 60), ("ghnd", "32-bit", 0.4, 50),
+            ("torchdistill", "32-bit", 0.2, 60), ("torchdistill", "32-bit", 0.4, 60)):
+        study.add(found, name, [{"sent": f"x, {sent}", "metrics": {"bbox": {"AP": ap}},
+                                 "payload_bytes": sent_bytes}])
+    study.print_table(found, ["bbox"], every=4)
+    study.draw_figure(found, ["bbox"], tmp_path / "figure.jpg")
+    assert capsys.readouterr().out == """
+| what detects (on one image of 4) | bbox AP | bytes an image |
+| --- | --- | --- |
+| teacher, the files | 0.500 | 200 (100%) |
+| teacher, JPEG 75 | 0.400 | 50 (25%) |
+| ghnd, 32-bit | 0.350 ± 0.071 (0.300 0.400) | 55 (28%) |
+| torchdistill, 32-bit | 0.300 ± 0.141 (0.200 0.400) | 60 (30%) |
+
+bbox AP, ghnd - torchdistill, seed by seed: +0.050 ± 0.071 (+0.100 +0.000)
+"""
+    assert Image.open(tmp_path / "figure.jpg").width == 700
+
+
+@pytest.mark.parametrize("side, kept", [(None, 6), (20, 5)])
+def test_masks_in_files_are_converted(side, kept, tmp_path):
+    for number in range(6):
+        folder = tmp_path / "source" / f"image-{number}"
+        (folder / "images").mkdir(parents=True)
+        (folder / "masks").mkdir()
+        size = (30, 20) if number == 5 else (20, 20)
+        colour = (9, 9, 9) if number == 0 else (9, 8, 7)
+        Image.new("RGB", size, colour).save(folder / "images" / "x.png")
+        masks = {"object": (5, 3, 9, 15), "slip": (0, 0, 3, 3)}
+        for name, corners in masks.items():
+            mask = Image.new("L", size)
+            mask.paste(255, corners)
+            mask.save(folder / "masks" / f"{name}.png")
+        Image.new("L", (7, 7), 255).save(folder / "masks" / "other-size.png")
+
+    data_dir = tmp_path / "coco"
+    convert(tmp_path / "source", data_dir, side)
+    images, folder = data.load_train_split(data_dir, 64)
+    assert [info.id for info in images] == [1, 2, 3, 4, 6][:kept - 1]
+    assert [Image.open(folder / info.file_name).mode for info in images[:2]] == ["L", "RGB"]
+    annotation_file, _ = data.split_paths(data_dir, "val2017")
+    content = data.read_annotations(annotation_file, 2, masks=True)
+    assert [(a["image_id"], a["bbox"], a["area"]) for a in content["annotations"]
+            ] == [(5, [5, 3, 4, 12], 48)]
