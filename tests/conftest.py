@@ -38,6 +38,8 @@ PROCESSES.set_forkserver_preload(["torch._dynamo", "conftest", "train"])
 def start_process(main, argv, output, environment):
     """Run a script's main in a process of its own, with these variables in its environment."""
     os.setsid()  # a group of its own, so that a test can kill it with its loader's workers
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # of a test that started the server
+        os.environ.pop(name, None)
     os.environ |= environment
     torch.set_num_threads(1)
     for descriptor, suffix in ((1, ".out"), (2, ".err")):

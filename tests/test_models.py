@@ -38,6 +38,7 @@ def build_student(teacher, bottleneck=models.Bottleneck):
 
 @pytest.fixture(scope="module")
 def pairs(teachers):
+    """For each architecture, a student and its teacher."""
     loaded = {arch: models.load_teacher(arch, teachers[arch], **SIZES) for arch in ARCHS}
     return {arch: (build_student(teacher), teacher) for arch, teacher in loaded.items()}
 
@@ -307,6 +308,7 @@ def test_tail_of_head_is_the_student_with_a_quantizer_in_it(arch, bottleneck, bi
 
 
 def changed(payload, values=None, **fields):
+    """Return the payload with other fields in its header, or with other values."""
     header = np.frombuffer(payload, models.HEADER, count=1).copy()
     for name, value in fields.items():
         header[name] = value
