@@ -161,9 +161,9 @@ def download_coco_v1(arch: str) -> State:
     try:
         return weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # no network, no disk, another hash, a damaged file in the cache
-        raise InputError(f"cannot download {weights.url} to {torch.hub.get_dir()} "
-                         f"({textwrap.shorten(str(error), 600)}); give a file by --teacher-ckpt"
-                         ) from error
+        reason = error if isinstance(error, OSError) else type(error).__name__
+        raise InputError(f"no {weights.url} by way of the cache {torch.hub.get_dir()} ({reason}); "
+                         "give a file by --teacher-ckpt") from error
 
 
 def to_device(detector: nn.Module, device: torch.device) -> nn.Module:
@@ -378,8 +378,8 @@ HEADER = np.dtype([
     ("zero_point", "u1"),
 ])
 MAGIC = b"GHND"
-MAX_BYTES = 2**26   # of a payload's values when they are unzipped
-MAX_PIXELS = 2**28  # of its image: each mask is as large
+MAX_BYTES = 2**26        # of a payload when it is unzipped
+MAX_MASK_PIXELS = 2**33  # of an image's detections together
 DTYPES = {32: torch.float32, 16: torch.float16} | dict.fromkeys(range(1, 9), torch.uint8)
 
 
@@ -432,13 +432,17 @@ class Head(nn.Module):
 
     @torch.inference_mode()
     def compress(self, image: Tensor) -> bytes:
-        """Return the payload for an image (3, h, w), float in [0, 1]: HEADER, zipped values."""
+        """Return the payload for an image (3, h, w), float in [0, 1]: HEADER and values, zipped."""
         images, _ = self.transform([image])
         [resized_size] = images.image_sizes
         q, scale, zero_point = self(images.tensors)
         header = np.array((MAGIC, self.bits, q.shape[1:], image.shape[1:], resized_size,
                            scale.item(), int(zero_point)), HEADER)
-        return header.tobytes() + zlib.compress(q.cpu().contiguous().numpy())
+        zipper = zlib.compressobj()
+        payload = zipper.compress(header.tobytes())
+        payload += zipper.flush(zlib.Z_BLOCK)  # sharing a block, header and values would be longer
+        payload += zipper.compress(q.cpu().contiguous().numpy())
+        return payload + zipper.flush()
 
 
 class Tail(nn.Module):
@@ -471,7 +475,7 @@ class Tail(nn.Module):
             x = body.layer1.decoder(x)
         except RuntimeError as error:  # sizes that a layer cannot take, or too little memory
             raise InputError(f"{refusal}: {textwrap.shorten(str(error), 300)}") from error
-        if x.shape != (1, 256, padded[0] // 4, padded[1] // 4):
+        if x.shape != (1, 256, padded[0] // 4, padded[1] // 4) or not x.isfinite().all():
             raise refusal
 
         maps = {}
@@ -495,6 +499,8 @@ def detect_from_maps(
     images = ImageList(torch.empty(1, 3, *padded_size(resized), device="meta"), [resized])
     proposals, _ = detector.rpn(images, features)
     detections, _ = detector.roi_heads(features, proposals, [resized])
+    if len(detections[0].get("masks", ())) * math.prod(image_size) > MAX_MASK_PIXELS:
+        raise InputError(f"masks of an image of {image_size} pixels (height, width) are too large")
     return detector.transform.postprocess(detections, [resized], [image_size])[0]
 
 
@@ -504,29 +510,23 @@ def padded_size(resized: tuple[int, int]) -> list[int]:
 
 
 def unpack(payload: bytes) -> tuple[dict[str, Any], Tensor]:
-    """Return a payload's header and its values, (1, channels, rows, columns).
-
-    Raises InputError for a payload that is cut off, damaged, larger than MAX_BYTES, or none at all.
-    """
-    if len(payload) < HEADER.itemsize or not payload.startswith(MAGIC):
-        raise InputError("payload refused: it was not made by a Head")
-    record = np.frombuffer(payload, HEADER, count=1)[0]
-    header = {name: record[name].tolist() for name in HEADER.names}  # ints that never overflow
-    dtype, shape = DTYPES.get(header["bits"], torch.float32), header["shape"]
-    count = math.prod(shape) * dtype.itemsize
-    sizes = [*shape, *header["image_size"], *header["resized_size"]]
-    if (header["bits"] not in DTYPES or min(sizes) < 1 or count > MAX_BYTES
-            or math.prod(header["image_size"]) > MAX_PIXELS
-            or not math.isfinite(header["scale"])):
-        raise InputError(f"payload refused: its sizes cannot be right ({header})")
+    """Return a payload's header and its values (1, channels, rows, columns); or InputError."""
     unzipper = zlib.decompressobj()
     try:
-        content = unzipper.decompress(payload[HEADER.itemsize:], max_length=count + 1)
+        content = unzipper.decompress(payload, max_length=MAX_BYTES)
     except zlib.error as error:
         raise InputError(f"payload refused: it cannot be unzipped ({error})") from error
-    if len(content) != count or not unzipper.eof or unzipper.unused_data:
-        raise InputError("payload refused: it is cut off, or goes on after its end")
-    values = torch.frombuffer(bytearray(content), dtype=dtype)
-    if not values.isfinite().all():
-        raise InputError(f"payload refused: values are not finite ({header['bits']} bits)")
+    if not unzipper.eof or unzipper.unused_data:
+        raise InputError("payload refused: it is cut off, goes on after its end, or is too large")
+    if len(content) < HEADER.itemsize or not content.startswith(MAGIC):
+        raise InputError("payload refused: it was not made by a Head")
+
+    record = np.frombuffer(content, HEADER, count=1)[0]
+    header = {name: record[name].tolist() for name in HEADER.names}  # ints that never overflow
+    dtype, shape = DTYPES.get(header["bits"]), header["shape"]
+    sizes = [*shape, *header["image_size"], *header["resized_size"]]
+    if (dtype is None or min(sizes) < 1
+            or math.prod(shape) * dtype.itemsize != len(content) - HEADER.itemsize):
+        raise InputError(f"payload refused: its sizes cannot be right ({header})")
+    values = torch.frombuffer(bytearray(content), dtype=dtype, offset=HEADER.itemsize)
     return header, values.view(1, *shape)

@@ -38,8 +38,6 @@ PROCESSES.set_forkserver_preload(["torch._dynamo", "conftest", "train"])
 def start_process(main, argv, output, environment):
     """Run a script's main in a process of its own, with these variables in its environment."""
     os.setsid()  # a group of its own, so that a test can kill it with its loader's workers
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # of a test that started the server
-        os.environ.pop(name, None)
     os.environ |= environment
     torch.set_num_threads(1)
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
@@ -61,7 +59,7 @@ def free_port():
 
 
 class Job:
-    """A script's main, started in so many processes as torchrun does it; None: as python does."""
+    """A script's main, started in so many processes as torchrun does it; None: in one."""
 
     def __init__(self, folder, main, flags, world_size):
         port = find_free_port()
@@ -69,11 +67,12 @@ class Job:
         for suffix in (".out", ".err"):
             self.output.with_suffix(suffix).touch()
         argv = [f"{main.__module__}.py", *map(str, flags)]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size or 1))
         self.processes = []
         for rank in range(world_size or 1):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
-                           "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-            args = (main, argv, self.output, environment if world_size else {})
+            ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            args = (main, argv, self.output, environment | ranks)
             self.processes.append(PROCESSES.Process(target=start_process, args=args))
             self.processes[-1].start()
 
@@ -81,7 +80,7 @@ class Job:
     err = property(lambda self: self.output.with_suffix(".err").read_text())
 
     def wait(self, timeout=300):
-        """Wait for the end, and end the others where one fails, as torchrun does; return statuses."""
+        """Wait for the end; where one fails, end the others, as torchrun does; return statuses."""
         end = time.monotonic() + timeout
         while any(p.exitcode is None for p in self.processes):
             assert time.monotonic() < end, "the processes hang"

@@ -12,8 +12,6 @@ import torch
 import distributed
 from distributed import InputError
 
-# ---- collectives ---------------------------------------------------------------------------------
-
 
 def collectives():
     assert distributed.set_up("cpu") == torch.device("cpu")
@@ -37,9 +35,6 @@ def test_collectives(world_size, finish):
     assert finish(collectives, world_size=world_size).out == "said by 0\n"
 
 
-# ---- devices -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("gpus, variables, index", [
     (4, {"LOCAL_RANK": "3"}, 3), (4, {"RANK": "5"}, 1), (4, {}, 0), (0, {}, None),
     (1, {"LOCAL_RANK": "2"}, 0),  # it sees its own alone, as other launchers than torchrun do it
@@ -55,9 +50,6 @@ def test_a_process_takes_a_gpu_of_its_own(gpus, variables, index, monkeypatch):
             distributed.choose_gpu()
     else:
         assert distributed.choose_gpu() == index
-
-
-# ---- the log -------------------------------------------------------------------------------------
 
 
 def closed_pipe():
@@ -88,9 +80,6 @@ def test_what_cannot_be_written_anywhere_is_an_error(path, name, monkeypatch):
         distributed.log("a figure")
 
 
-# ---- errors --------------------------------------------------------------------------------------
-
-
 def fail():
     """Fail on the main process for all, or on one process alone, as the flags say."""
     distributed.set_up("cpu")
@@ -103,7 +92,7 @@ def fail():
 
 
 def raise_error(kind):
-    raise {"InputError": InputError, "ValueError": ValueError}[kind]("the reason")
+    raise (InputError if kind == "InputError" else ValueError)("the reason")
 
 
 @pytest.mark.parametrize("where, world_size", [

@@ -34,7 +34,7 @@ def teacher(teachers):
      lambda m, student, teacher: m.build_student(teacher).state_dict()),
     (models, "fold_frozen_bn training_bodies",
      lambda m, *pair: [dict(body(IMAGE[None])) for body in m.training_bodies(*pair)]),
-    (models, "HEADER MAGIC MAX_BYTES MAX_PIXELS DTYPES quantize dequantize split Head Tail "
+    (models, "HEADER MAGIC MAX_BYTES MAX_MASK_PIXELS DTYPES quantize dequantize split Head Tail "
      "check_bottleneck padded_size unpack detect_from_maps",
      lambda m, student, teacher: m.Tail(student).detect(m.split(student)[0].compress(IMAGE))),
     (models, "save_checkpoint load_checkpoint",

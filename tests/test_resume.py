@@ -170,9 +170,9 @@ def test_what_an_earlier_state_wrote_on_three_processes_goes_on_on_one(
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(flags, start, tmp_path):
-    """Also where an earlier run of the process has failed, and after loader workers have started."""
+    """Also where an earlier run of the process has failed, and when loader workers have started."""
     flags = [*flags, "--output-dir", str(tmp_path / "run")]
-    failed, batches = [], []
+    failed = []
 
     def criterion(*_):
         failed.clear()
