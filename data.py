@@ -171,16 +171,12 @@ def report_unlikely(
 def read_instances(file: Path) -> dict[str, Any]:
     """Read a COCO instances file, and check all that training reads of it: images and boxes.
 
-    pycocotools and torchvision would accept wrong values silently: numpy, for example, turns ids
-    from 2^63 on into floats, which no longer match. Raises InputError for these.
+    Raises InputError for wrong values, as ids from 2^63 on, which numpy silently turns into floats.
     """
-    gc.disable()  # it would look at the millions of objects in the file again and again
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read, or is not whole: {error}") from error
-    finally:
-        gc.enable()
     check(file, content, "images", image_problems)
     check(file, content, "annotations", box_problems)
     if content["annotations"] and all(max(a["bbox"][2:]) <= 1 for a in content["annotations"]):
@@ -343,7 +339,11 @@ def load_train_split(
 ) -> tuple[list[ImageInfo], Path]:
     """Return the first `limit` of read_train_images, after check_images, and their folder."""
     file, folder = split_paths(data_dir, "train2017")
-    images = read_train_images(file, val_categories)[:limit]
+    gc.disable()  # it would look at the millions of objects in the file again and again
+    try:
+        images = read_train_images(file, val_categories)[:limit]
+    finally:
+        gc.enable()
     check_images(images, folder, max_size, needed)
     return images, folder
 
