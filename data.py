@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ Entry = dict[str, Any]          # an image, annotation or category of an annotat
 Entries = Sequence[Entry]
 ById = dict[int, Entry]
 Images = Sequence["ImageInfo"]
-Arrays = tuple[np.ndarray, np.ndarray]
 Problem = tuple[int, str, str]  # position of an entry, its wrong field, what is expected there
 
 # ---- annotation files ----------------------------------------------------------------------------
@@ -49,7 +48,7 @@ def read_train_images(file: Path, val_categories: ById | None = None) -> list[Im
     They are those with an annotation, crowd or not, whose box has a width and a height of more
     than 1 pixel (torchvision's references, _has_valid_annotation). The loss reads no label, but the
     published students were trained on exactly these images.
-    Raises InputError as read_instances does, or if val_categories, by id, are numbered otherwise.
+    Raises InputError as read_instances does, or if a category has another id in val_categories.
     """
     content = read_instances(file)
     if val_categories and "categories" in content:
@@ -71,6 +70,23 @@ def image_infos(content: dict[str, Any]) -> list[ImageInfo]:
     """Return all images of a checked annotation file, by ascending id."""
     return sorted(ImageInfo(image["id"], image["file_name"], image["width"], image["height"])
                   for image in content["images"])
+
+
+def read_instances(file: Path) -> dict[str, Any]:
+    """Read a COCO instances file, and check all that training reads of it: images and boxes.
+
+    Raises InputError for wrong values, such as ids from 2^63 on, which numpy turns into floats.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read, or is not whole: {error}") from error
+    check(file, content, "images", image_problems)
+    check(file, content, "annotations", box_problems)
+    if content["annotations"] and all(max(a["bbox"][2:]) <= 1 for a in content["annotations"]):
+        raise InputError(f"{file}: no box is larger than a pixel; the first is "
+                         f"{content['annotations'][0]['bbox']} (COCO counts pixels)")
+    return content
 
 
 def read_annotations(file: Path, classes: int, masks: bool) -> dict[str, Any]:
@@ -109,7 +125,7 @@ def read_annotations(file: Path, classes: int, masks: bool) -> dict[str, Any]:
     return content
 
 
-def measure_objects(annotations: Entries, coco: COCO, masks: bool) -> Arrays:
+def measure_objects(annotations: Entries, coco: COCO, masks: bool) -> tuple[np.ndarray, ...]:
     """Return box (N, 4), x y w h, and area (N,) of the masks or, without masks, of the boxes."""
     if not masks:
         boxes = np.array([a["bbox"] for a in annotations], dtype=float).reshape(-1, 4)
@@ -168,23 +184,6 @@ def report_unlikely(
 
 # ---- checks of annotation files ------------------------------------------------------------------
 
-def read_instances(file: Path) -> dict[str, Any]:
-    """Read a COCO instances file, and check all that training reads of it: images and boxes.
-
-    Raises InputError for wrong values, as ids from 2^63 on, which numpy silently turns into floats.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read, or is not whole: {error}") from error
-    check(file, content, "images", image_problems)
-    check(file, content, "annotations", box_problems)
-    if content["annotations"] and all(max(a["bbox"][2:]) <= 1 for a in content["annotations"]):
-        raise InputError(f"{file}: no box is larger than a pixel; the first is "
-                         f"{content['annotations'][0]['bbox']} (COCO counts pixels)")
-    return content
-
-
 def check(
     file: Path, content: Any, group: str, find_problems: Callable[..., Any], *args: Any
 ) -> None:
@@ -240,8 +239,8 @@ def image_problems(images: Entries) -> Iterator[Problem]:
             yield i, "file_name", "listed once (all boxes of an image belong to one entry)"
         seen.add(path)
         for side in ("width", "height"):
-            if not is_whole(image.get(side)) or not 1 <= image[side] <= 2**20:
-                yield i, side, "a whole number of pixels, of at most 2^20"
+            if not is_whole(image.get(side)) or not 1 <= image[side] < 2**16:
+                yield i, side, "a whole number of pixels below 2^16"  # pycocotools' area: 32 bits
 
 
 def box_problems(annotations: Entries) -> Iterator[Problem]:
@@ -449,7 +448,7 @@ def aspect_ratio_groups(widths: Sequence[int], heights: Sequence[int], k: int = 
     return np.searchsorted(edges, np.divide(widths, heights), side="right")
 
 
-def group_batches(order: Iterable[int], groups: Sequence[int], batch_size: int) -> list[list[int]]:
+def group_batches(order: Collection, groups: Sequence[int], batch_size: int) -> list[list[int]]:
     """Cut an order of images into len(order) // batch_size batches, each of one group.
 
     Batches come in the order in which they fill up. At the end, left-over groups are filled up
@@ -470,7 +469,7 @@ def group_batches(order: Iterable[int], groups: Sequence[int], batch_size: int) 
             batches.append(left_over.pop(group))
             left_over[group] = []
 
-    missing = sum(map(len, seen.values())) // batch_size - len(batches)
+    missing = len(order) // batch_size - len(batches)
     by_size = sorted(left_over, key=lambda group: len(left_over[group]), reverse=True)
     for group in by_size[:missing]:
         fill = itertools.cycle(seen[group])
@@ -480,11 +479,11 @@ def group_batches(order: Iterable[int], groups: Sequence[int], batch_size: int) 
 
 
 class GroupedBatches(Sampler):
-    """This process's batches of (position, flip), which depend on seed, epoch and rank alone.
+    """This process's batches of (position, flip), which depend on the arguments and epoch alone.
 
     The order is a DistributedSampler's; whether an image is flipped depends on seed, epoch and
     image. So an epoch can be resumed in the middle without a saved random state.
-    epoch, first_batch: to be set before each pass; batches before first_batch are left out.
+    images: have width and height. epoch, first_batch: set before each pass, which starts there.
     """
 
     def __init__(
@@ -499,7 +498,7 @@ class GroupedBatches(Sampler):
         self.first_batch = 0
 
     def __len__(self) -> int:
-        return len(self.order) // self.batch_size
+        return len(self.order) // self.batch_size  # of a whole epoch, whatever first_batch is
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         self.order.set_epoch(self.epoch)

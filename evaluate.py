@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,7 +139,7 @@ def coco_metrics(
 ) -> dict[str, float]:
     """Return COCOeval's 12 METRICS for "bbox" or "segm" over these images; -1: nothing to find.
 
-    All processes call this with the same arguments. Each matches its slice of the categories; the
+    All processes of set_up call this alike. Each matches its slice of the categories; the
     slices' precision and recall are then concatenated, and summarized on every process.
     """
     categories = np.array_split(sorted(coco.getCatIds()), distributed.world_size())
@@ -366,11 +365,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError if an output cannot be written, before hours of work for it."""
-    for folder in (args.pictures, args.save_detections and args.save_detections.parent):
-        if folder:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
+    for file in (args.pictures and args.pictures / "trial", args.save_detections):
+        if file:
+            with writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                is_new = not file.exists()
+                file.open("a").close()
+                if is_new:
+                    file.unlink()
 
 
 def save_detections(results: Results, iou_types: Sequence[str], path: Path) -> None:

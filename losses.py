@@ -18,7 +18,7 @@ def ghnd_loss(
     B * H * W: in Faster R-CNN's published log, for 4 images, it falls from 6.5e7 to 9.5e5.
 
     student_maps, teacher_maps: as in squared_errors; teacher maps need no gradient.
-    layer_weights: w_j, one for each map; by default those of GHND, for layer1 to layer4.
+    layer_weights: w_j, as many as maps; by default those of GHND, for layer1 to layer4.
     Raises ValueError if the numbers of weights and maps differ, or as squared_errors does.
     """
     errors = squared_errors(student_maps, teacher_maps)

@@ -243,7 +243,7 @@ PUBLISHED = {"bottleneck_channels": 3, "min_size": 800, "max_size": 1333}
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint so that at every moment the file is the old one or the whole new one.
 
-    Raises InputError, naming the file and the reason, if it cannot be written.
+    content: what torch.load(weights_only=True) reads. Raises InputError if it cannot be written.
     """
     # In memory first, because torch.save hides the reason where it cannot write.
     buffer = io.BytesIO()
@@ -261,7 +261,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running any code that is in it.
+    """Read a checkpoint onto the CPU without running any code in it.
 
     Its state dict is under "model" in the result, also if the file holds that alone; what DDP and
     torch.compile add to keys is removed. Raises InputError if there is none of whole tensors.
@@ -273,7 +273,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         argparse.Namespace, np.dtype, type(np.dtype(np.float64)),
         (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
-        with path.open("rb") as file, torch.serialization.safe_globals(safe_types):
+        with open(path, "rb") as file, torch.serialization.safe_globals(safe_types):
             start = file.peek(40)[:40]
             content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -387,8 +387,8 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, which has x's shape, and two scalars: x is about scale * (q - zero_point).
 
     bits: 32 and 16 give floats; 1 to 8 give uint8 values from 0 to 2^bits - 1, by Jacob et al.
-        (CVPR 2018). These are torchdistill's quantize_tensor bit for bit, also where a clamped
-        zero_point cuts the range; but a constant x is kept exactly, where that divides by 0.
+        (CVPR 2018). These are torchdistill's quantize_tensor bit for bit, which cuts x off where
+        its range lacks 0; but a constant x is kept exactly, where that divides by 0.
     There are only tensor operations here, so that torch.export can follow.
     """
     if bits > 8:
@@ -415,7 +415,7 @@ def split(student: nn.Module, bits: int = 8) -> tuple["Head", "Tail"]:
 
 
 class Head(nn.Module):
-    """The half of a student that runs on the device: conv1 to the encoder, and the quantizer."""
+    """The half of a student, in eval mode, that runs on the device: conv1 to the quantizer."""
 
     def __init__(self, student: nn.Module, bits: int = 8) -> None:
         super().__init__()

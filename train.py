@@ -51,7 +51,7 @@ class Experiment:
     layer_weights: Annotated[tuple[float, ...], "of layer1 to layer4; HND: 1 0 0 0"] = (1.0,) * 4
     epochs: Annotated[int, "passes over the images"] = 20
     images_per_step: Annotated[int, "images over all processes and micro-batches together"] = 12
-    reference_batch: Annotated[int, "images that the loss is scaled to, as on a GPU of 2020"] = 4
+    reference_batch: Annotated[int, "factor of the images' mean loss: a GPU of 2020 had 4"] = 4
     lr: Annotated[float, "learning rate of Adam, for any number of processes"] = 1e-3
     lr_drops: Annotated[tuple[int, ...], "epochs (from 0) that begin with a lower lr"] = (5, 15)
     lr_drop_factor: Annotated[float, "factor of lr at each drop"] = 0.1
@@ -99,7 +99,7 @@ def train_step(
         images = [image.to(device, non_blocking=True) / 255 for image in images]
         batch = transform(images)[0].tensors  # (B, 3, H, W): normalised, resized, padded
 
-        # Gradients go over the network in the last backward pass: they are accumulated by then.
+        # What DDP's no_sync sets: gradients are accumulated, and the last backward pass sends all.
         student_body.require_backward_grad_sync = number == len(micro_batches)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
@@ -127,7 +127,7 @@ class Meter:
         self.begin = time.perf_counter()
 
     def read(self, images_per_step: int) -> dict[str, Any]:
-        """Return the means over all processes, and the times of this one. Waits for the device."""
+        """Return the means over the steps, and the times of this process. Waits for the device."""
         loss, errors, norms = (distributed.sum_over_processes(torch.stack(values).sum(0))
                                for values in zip(*self.steps, strict=True))
         seconds = (time.perf_counter() - self.begin) / len(self.steps)
@@ -206,15 +206,15 @@ def run_experiment(
         f"{processes} process(es) x {accumulation} micro-batch(es) of {micro_batch} image(s), "
         "which is what BatchNorm sees (4 in the original)")
 
-    step = build_step(student, teacher, experiment, criterion, args.compiled)
+    step_function = build_step(student, teacher, experiment, criterion, args.compiled)
     while run.epoch < experiment.epochs:
-        train_to_epoch_end(run, step, loader, accumulation, folder, args)
-        distributed.broadcast_buffers(student.backbone.body.layer1)
+        train_to_epoch_end(run, step_function, loader, accumulation, folder, args)
+        distributed.broadcast_buffers(student.backbone.body.layer1)  # BatchNorm's differ by rank
         student.eval()
         metrics, _ = evaluate.evaluate(
             predictor(student), val, args.device, args.workers, f"validation {run.epoch}")
         distributed.on_main(report_epoch, run, metrics, folder)
-        # PyTorch warns here where a run was killed in validation: it had no step left to train.
+        # PyTorch warns here if a resumed run had no step of epoch 0 left, only its validation.
         run.scheduler.step()
         run.epoch += 1
         run.step, run.loss_sum = 0, 0.0
@@ -239,7 +239,7 @@ def build_detectors(
     student = models.build_student(
         teacher, bottleneck or partial(models.Bottleneck, experiment.bottleneck_channels))
     sent = models.check_bottleneck(student.backbone.body.layer1)
-    if getattr(args, "bottleneck_channels", sent) != sent:
+    if "bottleneck_channels" in args and sent != experiment.bottleneck_channels:  # if given
         raise InputError(f"--bottleneck-channels {experiment.bottleneck_channels}: the bottleneck "
                          f"that was given sends {sent}")
     if experiment.amp and not models.has_bf16(args.device):
@@ -261,12 +261,11 @@ def name_of(part: Any) -> str:
 def describe_start(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return the record of what is run, and with what."""
     folder = shlex.quote(str(Path(__file__).parent))
-    is_cuda = args.device.type == "cuda"
     return {
         "kind": "start",
         "config": config,
         "flags": {name: str(value) for name, value in vars(args).items()},
-        "device": torch.cuda.get_device_name(args.device) if is_cuda else "cpu",
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu",
         "processes": distributed.world_size(),
         "versions": {part.__name__: part.__version__ for part in (torch, torchvision, np)},
         "commit": subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null"),
@@ -279,7 +278,7 @@ def build_step(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Return train_step for this run: a function of micro_batches and optimizer."""
     layer_weights = np.trim_zeros(experiment.layer_weights, "b")  # HND needs layer1 alone
-    bf16 = experiment.amp == "bf16"
+    bf16 = experiment.amp is not None
     student_body, teacher_body = models.training_bodies(student, teacher, bf16, len(layer_weights))
     if compiled:
         # In place, so that no wrapper renames the weights; dynamic, so once for all image sizes.
@@ -311,7 +310,7 @@ def train_to_epoch_end(
     first, last = run.step + 1, len(loader) // accumulation
     loader.batch_sampler.epoch = run.epoch
     loader.batch_sampler.first_batch = run.step * accumulation
-    batches = iter(loader)  # this draws a random number, so it comes before a step's seed
+    batches = iter(loader)
     meter = Meter()
     for step in range(first, last + 1):
         # The default student draws no random numbers. If yours does: each process and step has a
@@ -338,7 +337,7 @@ def report_step(run: "Run", reading: dict[str, Any], last: int, folder: "RunFold
     """Log and record Meter's reading; last: the steps in an epoch. InputError if not finite."""
     if not math.isfinite(reading["loss"]):
         raise InputError(f"the loss is {reading['loss']} at or before epoch {run.epoch}, step "
-                         f"{run.step}; last.pt is of before that")
+                         f"{run.step}; last.pt, if there is one, is of before that")
     lr = run.optimizer.param_groups[0]["lr"]
     steps_left = last * (run.config["epochs"] - run.epoch) - run.step
     hours = run.config["images_per_step"] * steps_left / reading["images_per_second"] / 3600
@@ -542,7 +541,7 @@ def add_recipe_flag(group: Any, name: str, hint: Any) -> None:
 
 def change_experiment(args: argparse.Namespace) -> Experiment:
     """Return the experiment of --arch, with the changes that flags make to it."""
-    names = {field.name for field in fields(Experiment)}
+    names = {field.name for field in fields(Experiment)} - {"arch"}
     changes = {name: tuple(value) if isinstance(value, list) else value
                for name, value in vars(args).items() if name in names}
     return replace(EXPERIMENTS[args.arch], **changes)
