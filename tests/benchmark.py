@@ -1,16 +1,13 @@
-"""Time a training step and an evaluation beside torchdistill's and torchvision's. By hand.
+"""Time a training step beside torchdistill's, and beside its convolutions alone. By hand.
 
-    python tests/benchmark.py [step evaluate] [--large] [--device cuda]
+    python tests/benchmark.py [--large] [--device cuda]
 
 A time is the median of rounds in which all that are compared take turns.
 """
 
 import argparse
-import importlib.metadata
-import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -22,11 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import drawn
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
 import distributed
-import evaluate
 import losses
 import models
 import train
@@ -40,27 +35,25 @@ OURS = {  # the other steps: (amp, compiled)
 def alternate(rounds, functions):
     """Call functions in turn, after a round to warm up; return the median seconds of each."""
     seconds = np.zeros((1 + rounds, len(functions)))
-    for place in np.ndindex(seconds.shape):
-        begin = time.perf_counter()
-        functions[place[1]]()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        seconds[place] = time.perf_counter() - begin
+    for row in seconds:
+        for i, function in enumerate(functions):
+            begin = time.perf_counter()
+            function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            row[i] = time.perf_counter() - begin
     return np.median(seconds[1:], axis=0)
 
 
 def describe_machine(device):
     """Return what timings depend on, as one line."""
     cpuinfo = Path("/proc/cpuinfo")  # of Linux
-    cpu = cpuinfo.read_text().partition("model name\t: ")[2] if cpuinfo.exists() else "a CPU"
-    gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
-    versions = [f"{package} {importlib.metadata.version(package)}"
-                for package in ("torch", "torchvision", "torchdistill", "numpy")]
-    return ", ".join([*gpu, cpu.split("\n")[0], torch.backends.cpu.get_cpu_capability(),
-                      f"{torch.get_num_threads()} threads on {os.cpu_count()} cores", *versions])
-
-
-# ---- the training step ---------------------------------------------------------------------------
+    name = cpuinfo.read_text().partition("model name\t: ")[2] if cpuinfo.exists() else "a CPU"
+    name = name.partition("\n")[0]
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, {name}"
+    return (f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads "
+            f"on {os.cpu_count()} cores, torch {torch.__version__}")
 
 
 def distillation_box(teacher, student, device, experiment):
@@ -96,103 +89,53 @@ def make_step(name, device, size):
 
         return step
 
-    for detector in (teacher, student):
-        models.to_device(detector, device)
+    models.to_device(teacher, device)
+    models.to_device(student, device)
     amp, compiled = OURS[name]
-    optimizer, _ = train.build_optimizer(student.train(), experiment)
+    optimizer, _ = train.build_optimizer(student, experiment)
     experiment = replace(experiment, amp=amp)
     step = train.build_step(student, teacher, experiment, losses.ghnd_loss, compiled)
     step = partial(step, [images], optimizer)
-    return convolutions(step) if name == FLOOR else step
+    return Convolutions(step).repeat if name == FLOOR else step
 
 
-def convolutions(step):
-    """Return a function that repeats the convolutions of a step, forward and backward."""
-    calls = []
-    kept = {}  # one tensor of each shape and stride will do
+class Convolutions(TorchDispatchMode):
+    """Notes the convolutions of a step, forward and backward, and repeats them."""
 
-    def keep(arg):
-        if isinstance(arg, torch.Tensor):
-            return kept.setdefault((arg.shape, arg.stride()), arg.detach())
-        return arg
+    def __init__(self, step):
+        super().__init__()
+        self.calls = []
+        self.kept = {}  # one tensor of each shape and stride will do
+        with self:
+            step()
 
-    class Note(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if "convolution" in function.name():
-                calls.append((function, [keep(arg) for arg in args]))
-            return function(*args, **kwargs or {})
-
-    with Note():
-        step()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "convolution" in function.name():
+            args_kept = [self.kept.setdefault((arg.shape, arg.stride()), arg.detach())
+                         if isinstance(arg, torch.Tensor) else arg for arg in args]
+            self.calls.append((function, args_kept))
+        return function(*args, **kwargs or {})
 
     @torch.no_grad()
-    def repeat():
-        for function, args in calls:
+    def repeat(self):
+        for function, args in self.calls:
             function(*args)
-
-    return repeat
-
-
-def peak(*what):
-    """Return MiB that two steps need at most: on a GPU or, with all else, of this process."""
-    alternate(1, [make_step(*what)])  # the second with Adam's state
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
-
-
-def bench_step(args, device):
-    size = (800, 1333) if args.large else (320, 533)
-    names = [TORCHDISTILL] + [
-        name for name, (amp, _) in OURS.items() if models.has_bf16(device) or not amp]
-    seconds = alternate(args.rounds, [make_step(name, device, size) for name in names])
-    for name, value in zip(names, seconds):
-        with multiprocessing.get_context("spawn").Pool(1) as apart:  # has its memory to itself
-            mib = apart.apply(peak, (name, device, size))
-        distributed.log(f"a step of 4 images at {size}, {name:31}{value:8.3f} s, "
-                        f"{seconds[0] / value:.2f} x, {mib:6.0f} MiB")
-
-
-# ---- evaluation ----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def detect(detector, images, device):
-    """Detect as torchvision's references do: by its forward, then encode mask by mask."""
-    for image in images:
-        for mask in detector([image.to(device) / 255])[0].get("masks", ()):
-            coco_mask.encode(np.asfortranarray((mask[0] > 0.5).byte().cpu().numpy()))
-
-
-def bench_evaluate(args, device):
-    size = (800, 1333) if args.large else (96, 160)
-    for arch in models.DETECTORS:
-        with tempfile.TemporaryDirectory() as folder:
-            drawn.write_dataset(Path(folder), train=0, val=6)
-            images = [data.read_image(path) for path in sorted(Path(folder, "val2017").iterdir())]
-            teacher = drawn.random_teacher(arch, [image / 255 for image in images], *size)
-            student = models.to_device(models.build_student(teacher), device)
-            val = evaluate.ValSet(Path(folder), student)
-            seconds = alternate(args.rounds, [
-                partial(detect, teacher.to(device), images, device),
-                partial(evaluate.evaluate, evaluate.whole(student), val, device, title=arch)])
-        for name, value in zip(("torchvision's forward", "ours, with metrics"), seconds):
-            distributed.log(f"{arch} at {size}, {name:21}{len(images) / value:8.3f} images/s, "
-                            f"{seconds[0] / value:.2f} x")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    benches = {"step": bench_step, "evaluate": bench_evaluate}
-    parser.add_argument("benches", nargs="*", help="step, evaluate; default: both")
     parser.add_argument("--large", action="store_true", help="at 800/1333, as in the recipe")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="of timing (%(default)s)")
     args = parser.parse_args()
     device = distributed.set_up(args.device)
-    distributed.log(describe_machine(device))
-    for name in args.benches or benches:
-        benches[name](args, device)
+    size = (800, 1333) if args.large else (320, 533)
+    names = [TORCHDISTILL] + [
+        name for name, (amp, _) in OURS.items() if models.has_bf16(device) or not amp]
+    print(describe_machine(device))
+    seconds = alternate(args.rounds, [make_step(name, device, size) for name in names])
+    for name, value in zip(names, seconds):
+        print(f"a step of 4 images at {size}, {name:31}{value:8.3f} s, {seconds[0] / value:.2f} x")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ CPU = torch.device("cpu")
 SIZES = {"min_size": 96, "max_size": 160}
 SIZE_FLAGS = ["--min-size", "96", "--max-size", "160", "--device", "cpu", "--workers", "0"]
 BEST = "coco2017-custom_{0}_resnet_fpn_from_{0}_resnet50_fpn.pt"
+# One thread is as fast with small images, and all processes round alike.
+torch.set_num_threads(1)
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 
 # ---- running the scripts -------------------------------------------------------------------------
@@ -39,7 +41,6 @@ def start_process(main, argv, output, environment):
     """Run a script's main in a process of its own, with these variables in its environment."""
     os.setsid()  # a group of its own, so that a test can kill it with its loader's workers
     os.environ |= environment
-    torch.set_num_threads(1)
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         with open(f"{output}{suffix}", "a") as file:
             os.dup2(file.fileno(), descriptor)
@@ -51,11 +52,6 @@ def find_free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
-
-
-@pytest.fixture
-def free_port():
-    return find_free_port()
 
 
 class Job:

@@ -21,8 +21,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import drawn
 import torch
 
-import evaluate
-import models
 import train
 
 MIN_SIZE, MAX_SIZE = 128, 224
@@ -60,16 +58,6 @@ def make_teacher(arch, folder):
     return data_dir, teacher_file
 
 
-def evaluate_untrained(arch, data_dir, teacher_file):
-    """Return the metrics of a student as it is before training."""
-    teacher = models.load_teacher(arch, teacher_file, MIN_SIZE, MAX_SIZE)
-    torch.manual_seed(0)
-    student = models.build_student(teacher)
-    val = evaluate.ValSet(data_dir, student)
-    metrics, _ = evaluate.evaluate(evaluate.whole(student), val, torch.device("cpu"))
-    return metrics
-
-
 def main():
     parser = argparse.ArgumentParser(description="Show GHND at work on a drawn data set.")
     parser.add_argument("--arch", choices=train.EXPERIMENTS, default="fasterrcnn")
@@ -97,12 +85,10 @@ def main():
         "evaluate.py", "--ckpt", ckpt, *common, "--bits", *BITS, "--jpeg", *QUALITIES,
         "--pictures", pictures))
 
-    untrained = evaluate_untrained(args.arch, data_dir, teacher_file)
     print("\nIn short:")
     for iou_type in summary["student"]:
         teacher, student = (summary[name][iou_type]["AP"] for name in ("teacher", "student"))
-        print(f"    {iou_type} AP: teacher {teacher:.3f}, student {student:.3f}, before training "
-              f"{untrained[iou_type]['AP']:.3f}")
+        print(f"    {iou_type} AP: teacher {teacher:.3f}, student {student:.3f}")
         for row in summary["rate"] + summary["jpeg"]:
             ap = row["metrics"][iou_type]["AP"]
             share = row["payload_bytes"] / summary["file_bytes"]

@@ -19,17 +19,15 @@ import evaluate
 import models
 
 CATEGORIES = [{"id": 1, "name": "box"}, {"id": 2, "name": "ellipse"}]
-RED, BLUE = (230, 40, 40), (40, 60, 220)  # darker than the ground, in greyscale too
+COLOURS = {1: (230, 40, 40), 2: (40, 60, 220)}  # darker than the ground, in greyscale too
 
 # ---- the data set --------------------------------------------------------------------------------
 
 
-def write_dataset(data_dir: Path, train: int, val: int, hard: bool = False, seed: int = 0) -> None:
-    """Draw boxes and ellipses into JPEG files, and write their annotations with masks as polygons.
+def write_dataset(data_dir: Path, train: int, val: int, seed: int = 0) -> None:
+    """Draw red boxes and blue ellipses into JPEG files; write annotations, with polygons as masks.
 
     train, val: numbers of images. Every 7th has no object, every 8th is greyscale.
-    hard: objects have any colour, so that only the shape tells their class; otherwise boxes are
-        red and ellipses blue.
     """
     rng = np.random.default_rng(seed)
     for split, count in (("train", train), ("val", val)):
@@ -38,7 +36,7 @@ def write_dataset(data_dir: Path, train: int, val: int, hard: bool = False, seed
         images, annotations = [], []
         for image_id in range(1, count + 1):
             objects = int(rng.integers(1, 5)) if image_id % 7 else 0
-            picture, polygons = draw_image(rng, objects, hard)
+            picture, polygons = draw_image(rng, objects)
             if image_id % 8 == 0:
                 picture = picture.convert("L")
             name = f"{image_id:012d}.jpg"
@@ -55,7 +53,7 @@ def write_dataset(data_dir: Path, train: int, val: int, hard: bool = False, seed
 
 
 def draw_image(
-    rng: np.random.Generator, objects: int, hard: bool
+    rng: np.random.Generator, objects: int
 ) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
     """Return a picture of 160 to 320 pixels a side, and its objects: category and (N, 2) polygon.
 
@@ -75,15 +73,12 @@ def draw_image(
         half = rng.uniform(16, 50, 2)  # width and height
         centre = rng.uniform(half + 1, np.array([width, height]) - half - 2)
         category_id = int(rng.integers(1, 3))
-        colour = (RED, BLUE)[category_id - 1]
-        if hard:
-            colour = tuple(rng.integers(0, 256, 3).tolist())
         (x0, y0), (x1, y1) = (centre - half).astype(int) - 3, (centre + half).astype(int) + 4
         if taken[max(y0, 0):y1, max(x0, 0):x1].any():
             continue
         taken[max(y0, 0):y1, max(x0, 0):x1] = True
         polygon = outline(category_id) * half + centre
-        draw.polygon([tuple(point) for point in polygon], fill=colour)
+        draw.polygon([tuple(point) for point in polygon], fill=COLOURS[category_id])
         polygons.append((category_id, polygon))
     return picture, polygons
 
@@ -114,21 +109,14 @@ def describe_object(category_id: int, polygon: np.ndarray) -> dict:
 
 
 def train_teacher(
-    arch: str,
-    data_dir: Path,
-    steps: int,
-    lr: float = 5e-4,
-    min_size: int = 128,
-    max_size: int = 224,
-    seed: int = 0,
-    report: Callable[[str], None] = print,
-    proposals: int = 100,
-    rois: int = 32,
-    upside_down: bool = False,
+    arch: str, data_dir: Path, steps: int, min_size: int, max_size: int, proposals: int = 100,
+    rois: int = 32, upside_down: bool = False, seed: int = 0, report: Callable[[str], None] = print
 ) -> nn.Module:
     """Train a whole detector from random weights with torchvision's own losses, and return it.
 
-    steps: of 4 images each. Adam and one cycle of the learning rate, lr at most.
+    It is for data sets in COCO's layout for which there is no detector yet, and is good enough to
+    be distilled, not more. Save its state_dict() for --teacher-ckpt.
+    steps: of 4 images each, with Adam and one cycle of the learning rate.
     proposals, rois: of an image, from the RPN and of them for the RoI heads. torchvision has 2,000
         and 512; for a handful of objects fewer are enough, and faster.
     upside_down: also flip half of the images that way, for photographs that have no upper side.
@@ -150,8 +138,8 @@ def train_teacher(
     detector.requires_grad_(True)
     detector.train()
     bf16 = models.has_bf16(torch.device("cpu"))  # twice as fast there
-    optimizer = torch.optim.Adam(detector.parameters(), lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    optimizer = torch.optim.Adam(detector.parameters(), fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=steps)
     rng = np.random.default_rng(seed)
     for step in range(1, steps + 1):
         chosen = [images[i] for i in rng.choice(len(images), 4, replace=False)]

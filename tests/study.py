@@ -7,18 +7,16 @@ which are evaluated after their last epoch through fewer and fewer bits. Ours ar
 train.py's flags. Those of torchdistill's distillation box start from the same weights and get the
 same batches; both round differently, and training magnifies that, so only scores can be compared.
 
-What is finished is kept in RESULTS/results.json: the same command goes on from there, also with
-other seeds and names, and beside another one of the same folder once the teacher is trained.
+What is finished is kept in RESULTS/*.json: the same command goes on from there, also with other
+seeds and names, and, once the teacher is trained, beside another one of the same folder.
 """
 
 import argparse
-import fcntl
 import hashlib
 import itertools
 import json
 import sys
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +107,6 @@ def list_variants(steps: int) -> dict[str, Variant]:
         "torchdistill": Variant(BITS[:1], by_torchdistill=True),
         "hnd": Variant(BITS[:1], flags=["--layer-weights", "1", "0", "0", "0"]),
         "strided-6": Variant(BITS[1:], partial(Strided, 6)),
-        "strided-3": Variant(BITS[1:], partial(Strided, 3)),
         "qat-3": Variant([3], quantized(3, last_third)),
         "qat-2": Variant([2], quantized(2, last_third)),
     }
@@ -118,29 +115,23 @@ def list_variants(steps: int) -> dict[str, Variant]:
 # ---- what is computed once -----------------------------------------------------------------------
 
 
-def once(file: Path, name: str, settings: dict, function: Callable[..., Rows], *args: Any) -> Rows:
-    """Return the result kept under a name in a file; if there is none, call the function for it.
+def once(file: Path, settings: dict, function: Callable[..., Rows], *args: Any) -> Rows:
+    """Return the rows that a file keeps; if it is not there, call the function for them.
 
-    Raises InputError if the kept one has other settings.
+    Raises InputError if they were made with other settings.
     """
-    def read() -> dict[str, Any]:
-        return json.loads(file.read_text()) if file.exists() else {}
-
-    if name not in read():
+    if not file.exists():
         begin = time.process_time()  # of all cores
         rows = function(*args)
         hours = (time.process_time() - begin) / 3600  # without those of a run that was killed
-        result = {"settings": settings, "rows": rows, "core_hours": hours,
-                  "machine": describe_machine(CPU)}
-        with file.with_suffix(".lock").open("w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # another study may write, too
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(read() | {name: result}, indent=1) + "\n")
-            part.replace(file)  # whole, or not at all
-    kept = read()[name]
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps({"settings": settings, "core_hours": hours,
+                                    "machine": describe_machine(CPU), "rows": rows}, indent=1))
+        part.replace(file)  # whole, or not at all
+    kept = json.loads(file.read_text())
     if kept["settings"] != settings:
-        raise distributed.InputError(f"{file}: {name!r} was made with {kept['settings']}, not "
-                                     f"{settings}; give another --folder")
+        raise distributed.InputError(f"{file} was made with {kept['settings']}, not {settings}; "
+                                     "give another --folder")
     return kept["rows"]
 
 
@@ -257,17 +248,12 @@ def add(found: Found, name: str, rows: Rows) -> None:
             values[iou_type].append(metrics["AP"])
 
 
-def deviation(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
 def describe(values: Sequence[float], sign: str = "") -> str:
     """Return "mean ± standard deviation (each value)"; sign: "+" to give it always."""
-    text = f"{np.mean(values):{sign}.3f}"
-    if len(values) > 1:
-        each = " ".join(f"{value:{sign}.3f}" for value in values)
-        text += f" ± {deviation(values):.3f} ({each})"
-    return text
+    if len(values) == 1:
+        return f"{values[0]:{sign}.3f}"
+    each = " ".join(f"{value:{sign}.3f}" for value in values)
+    return f"{np.mean(values):{sign}.3f} ± {np.std(values, ddof=1):.3f} ({each})"
 
 
 def print_table(found: Found, iou_types: Sequence[str], every: int) -> None:
@@ -283,7 +269,7 @@ def print_table(found: Found, iou_types: Sequence[str], every: int) -> None:
         print(f"| {what} | {aps} | {mean_bytes:,.0f} ({mean_bytes / file_bytes:.0%}) |")
     ours, theirs = (found.get(f"{name}, 32-bit") for name in ("ghnd", "torchdistill"))
     for iou_type in iou_types if ours and theirs else ():
-        differences = np.subtract(ours[iou_type], theirs[iou_type])
+        differences = [a - b for a, b in zip(ours[iou_type], theirs[iou_type])]
         print(f"\n{iou_type} AP, ghnd - torchdistill, seed by seed: {describe(differences, '+')}")
 
 
@@ -291,18 +277,14 @@ def draw_figure(found: Found, iou_types: Sequence[str], path: Path) -> None:
     """Draw AP over bytes an image: a curve of each variant, and of the teacher on JPEG files."""
     figure, panels = plt.subplots(1, len(iou_types), figsize=(7 * len(iou_types), 5), squeeze=False)
     for axes, iou_type in zip(panels[0], iou_types):
-        axes.axhline(found[FILES][iou_type][0], color="grey", label="teacher, the files")
-        curves = defaultdict(list)  # of points: bytes, AP, deviation
+        curves = defaultdict(list)  # of points: bytes, AP
         for what, values in found.items():
             if what != FILES and not what.endswith("32-bit"):
-                curves[what.split(", ")[0]].append((
-                    np.mean(values["bytes"]), np.mean(values[iou_type]),
-                    deviation(values[iou_type])))
+                point = np.mean(values["bytes"]), np.mean(values[iou_type])
+                curves[what.split(", ")[0].replace("teacher", "teacher, JPEG")].append(point)
         for number, (name, points) in enumerate(curves.items()):
-            is_jpeg = name == "teacher"
-            axes.errorbar(
-                *zip(*points), marker="so^vDP*"[number % 7], linestyle="--" if is_jpeg else "-",
-                capsize=3, label="teacher, JPEG" if is_jpeg else name)
+            axes.plot(*zip(*points), marker="so^vDP*"[number % 7], label=name)
+        axes.axhline(found[FILES][iou_type][0], color="grey", label=FILES)
         axes.set_xscale("log", subs=[3])
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_minor_formatter("{x:,.0f}")
@@ -341,30 +323,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    file = args.folder / "results.json"
     names = ("arch", "min_size", "max_size", "teacher_steps", "rois", "upside_down", "every")
     settings = {name: getattr(args, name) for name in names}
-    for split in ("train2017", "val2017"):
-        annotation_file, _ = data.split_paths(args.data_dir, split)
-        settings[split] = zlib.crc32(annotation_file.read_bytes())  # the same in any folder
     images, _ = data.load_train_split(args.data_dir, args.max_size)
     variants = list_variants(len(images) // 4 * args.epochs)
 
     found = {}
-    add(found, "teacher", once(file, "teacher", settings, make_teacher, args))
-    add(found, "teacher", once(file, "JPEG", settings, measure_jpeg, args))
+    add(found, "teacher", once(args.folder / "teacher.json", settings, make_teacher, args))
+    add(found, "teacher", once(args.folder / "jpeg.json", settings, measure_jpeg, args))
     with mock.patch.object(models, "training_bodies", keep_teacher_maps(models.training_bodies)):
         for seed, name in itertools.product(args.seeds, args.only):
-            own = {"epochs": args.epochs, "bits": variants[name].bits}
+            own = settings | {"epochs": args.epochs, "bits": variants[name].bits}
             folder = args.folder / f"{name}-{seed}"
-            add(found, name, once(file, f"{name}, seed {seed}", settings | own, make_student, args,
+            add(found, name, once(folder.with_suffix(".json"), own, make_student, args,
                                   variants[name], seed, folder))
             for checkpoint in folder.glob("*.pt"):  # of 200 MB
                 checkpoint.unlink()
     iou_types = [name for name in found[FILES] if name != "bytes"]
     print_table(found, iou_types, args.every)
     draw_figure(found, iou_types, args.folder / "study.jpg")
-    kept = json.loads(file.read_text()).values()
+    kept = [json.loads(file.read_text()) for file in args.folder.glob("*.json")]
     hours = sum(result["core_hours"] for result in kept)
     machines = "; ".join(sorted({result["machine"] for result in kept}))
     print(f"\n{hours:.2f} hours of one core, of all in the folder, on {machines}")

@@ -10,7 +10,6 @@ import torch
 from conftest import BEST, CPU, records
 from torch import nn
 
-import data
 import evaluate
 import models
 import train
@@ -79,6 +78,7 @@ REFUSALS = [
     (lambda p: publish(p.best), train, "--resume", "{best} is there; go on with its run by --resu"),
     (lambda p: publish(p.last), train, "--resume", "{last} was not written by this train.py"),
     (lambda p: cut(p.val_image), evaluate, "--workers 1", "image {val_image} cannot be decoded"),
+    (lambda p: p.out.mkdir(), evaluate, "--save-detections {out}", "{out} cannot be written: Is a"),
     (None, evaluate, "--ckpt " + 300 * "x", "xxx cannot be read: File name too long")]
 
 
@@ -170,24 +170,4 @@ def test_what_is_not_finite_is_not_saved(place, teacher, call, monkeypatch):
     folder = train.RunFolder(place.out, "fasterrcnn")
     with pytest.raises(InputError, match="last.pt was not written: mean has values that are not"):
         folder.save(folder.last, {"model": {"mean": torch.tensor([0.0, torch.inf])}})
-    assert not place.last.exists() and not place.best.exists()
-
-
-def test_what_all_processes_share_is_told_once(place, start):
-    job = start(train.main, *flags_of(train, place, "--images-per-step 4"), world_size=3)
-    assert job.wait(60) == [1, 1, 1]
-    assert job.err == ("train.py: error: 3 processes cannot share 4 images a step evenly; change "
-                       "--nproc_per_node or --images-per-step\n")
-
-
-def test_a_broken_image_on_one_of_two_processes_ends_all_and_is_told_once(place, start):
-    images, folder = data.load_train_split(place.data, 64, limit=2)
-    [[(position, _)]] = data.GroupedBatches(images, 1, rank=1, world_size=2)
-    victim = folder / images[position].file_name
-    cut(victim)
-    flags = flags_of(train, place, "--images-per-step 2 --workers 1")
-    job = start(train.main, *flags, world_size=2)
-    assert 1 in job.wait(60)
-    [told] = [line for line in job.err.splitlines() if ": error: " in line]
-    assert told.startswith(f"train.py: error: image {victim} cannot be decoded")
     assert not place.last.exists() and not place.best.exists()

@@ -217,14 +217,14 @@ def compare(teachers):
     @functools.cache
     def make_pair(dtype):
         torch.set_default_dtype(dtype)  # also what uint8 / 255 becomes
-        teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 64, 128)
+        teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 32, 64)
         torch.manual_seed(0)
         return models.build_student(teacher), teacher
 
     def compare(dtype, steps, first_step=0):
         batches = [[torch.randint(0, 256, (3, h, w), dtype=torch.uint8,
                                   generator=torch.Generator().manual_seed(4 * b + i))
-                    for i, (h, w) in enumerate([(70, 96), (64, 80), (75, 100), (66, 99)])]
+                    for i, (h, w) in enumerate([(35, 48), (32, 40), (38, 50), (33, 49)])]
                    for b in range(first_step, first_step + steps)]
         tables, states = [], []
         for train_pair, threads in ((train_ours, 2), (train_original, 2), (train_original, 1)):

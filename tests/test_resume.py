@@ -43,16 +43,6 @@ def flags(dataset, teachers):
             "--max-size", "64", "--device", "cpu", "--workers", "0"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that are killed, or sums would have another order here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    distributed.log_to(None)
-
-
 def assert_same_run(a, b):
     """The same tensors in all files, and the same metrics; no file is left over."""
     for folder in (a, b):
@@ -150,12 +140,7 @@ def test_what_an_earlier_state_wrote_on_three_processes_goes_on_on_one(
         flags, on_three_processes, tmp_path, capfd):
     shutil.copytree(on_three_processes, tmp_path / "run")
     content = models.load_checkpoint(tmp_path / "run" / LAST)
-    content["config"] = {
-        "arch": "fasterrcnn", "bottleneck_channels": 3, "layer_weights": (1.0,) * 4, "epochs": 1,
-        "images_per_step": 3, "reference_batch": 4, "lr": 1e-3, "lr_drops": (5, 15),
-        "lr_drop_factor": 0.1, "min_size": 32, "max_size": 64, "seed": 0, "amp": None,
-        "bottleneck": "test_resume.Noisy", "criterion": "losses.ghnd_loss",
-        "predictor": "evaluate.whole", "train_images": 9, "val_images": 1, "is_recipe": False}
+    content["config"]["is_recipe"] = False  # a field that it had, and that is gone
     torch.save(content, tmp_path / "run" / LAST)
     student, config = models.load_student(tmp_path / "run" / LAST)
     assert same(dict(student.state_dict()), dict(content["model"])) and config["max_size"] == 64

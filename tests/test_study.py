@@ -1,16 +1,18 @@
-import json
+from unittest.mock import Mock
 
+import convert
 import pytest
 import study
 import torch
 from conftest import CPU, same
-from from_masks import convert
 from PIL import Image
 
 import data
 import models
 import train
 from distributed import InputError
+
+VAL = "annotations/instances_val2017.json"
 
 
 def train_on(teacher, training_bodies, layer_weights):
@@ -44,18 +46,14 @@ def test_with_kept_teacher_maps_training_is_the_same_to_the_last_bit(teachers):
 
 
 def test_a_finished_result_is_kept_and_another_is_not_taken_for_it(tmp_path):
-    file = tmp_path / "results.json"
-
-    def fail():
-        raise KeyboardInterrupt
-
-    assert study.once(file, "a", {"epochs": 3}, lambda n: [{"AP": n}], 0.5) == [{"AP": 0.5}]
+    file, failing = tmp_path / "a.json", Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        study.once(file, "b", {"epochs": 3}, fail)
-    assert study.once(file, "a", {"epochs": 3}, fail) == [{"AP": 0.5}]
-    with pytest.raises(InputError, match="'a' was made with {'epochs': 3}, not {'epochs': 4}"):
-        study.once(file, "a", {"epochs": 4}, fail)
-    assert list(json.loads(file.read_text())) == ["a"]
+        study.once(file, {"epochs": 3}, failing)
+    assert study.once(file, {"epochs": 3}, lambda n: [{"AP": n}], 0.5) == [{"AP": 0.5}]
+    assert study.once(file, {"epochs": 3}, failing) == [{"AP": 0.5}]
+    with pytest.raises(InputError, match="a.json was made with {'epochs': 3}, not {'epochs': 4}"):
+        study.once(file, {"epochs": 4}, failing)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_quantization_aware_training_starts_at_its_step_and_passes_gradients_on():
@@ -71,12 +69,6 @@ def test_quantization_aware_training_starts_at_its_step_and_passes_gradients_on(
     torch.testing.assert_close(sent[2], torch.stack(wanted))
     gradients = torch.autograd.grad(outputs[2].sum(), (encoded[2], sent[2]))
     assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
-
-
-def test_a_strided_bottleneck_sends_a_quarter_of_the_pixels():
-    strided = study.Strided(6)
-    assert models.check_bottleneck(strided) == 6
-    assert strided.encoder(torch.rand(1, 64, 16, 24)).shape == (1, 6, 8, 12)
 
 
 @pytest.fixture
@@ -119,8 +111,8 @@ bbox AP, ghnd - torchdistill, seed by seed: +0.050 ± 0.071 (+0.100 +0.000)
     assert Image.open(tmp_path / "figure.jpg").width == 700
 
 
-@pytest.mark.parametrize("side, kept", [(None, 6), (20, 5)])
-def test_masks_in_files_are_converted(side, kept, tmp_path):
+@pytest.mark.parametrize("side, ids", [(None, [1, 2, 3, 4, 5]), (20, [1, 2, 3, 4])])
+def test_masks_in_files_are_converted(side, ids, tmp_path):
     for number in range(6):
         folder = tmp_path / "source" / f"image-{number}"
         (folder / "images").mkdir(parents=True)
@@ -128,19 +120,38 @@ def test_masks_in_files_are_converted(side, kept, tmp_path):
         size = (30, 20) if number == 5 else (20, 20)
         colour = (9, 9, 9) if number == 0 else (9, 8, 7)
         Image.new("RGB", size, colour).save(folder / "images" / "x.png")
-        masks = {"object": (5, 3, 9, 15), "slip": (0, 0, 3, 3)}
-        for name, corners in masks.items():
+        for name, corners in {"object": (5, 3, 9, 15), "slip": (0, 0, 3, 3)}.items():
             mask = Image.new("L", size)
             mask.paste(255, corners)
             mask.save(folder / "masks" / f"{name}.png")
         Image.new("L", (7, 7), 255).save(folder / "masks" / "other-size.png")
 
-    data_dir = tmp_path / "coco"
-    convert(tmp_path / "source", data_dir, side)
-    images, folder = data.load_train_split(data_dir, 64)
-    assert [info.id for info in images] == [1, 2, 3, 4, 6][:kept - 1]
+    convert.convert_masks(tmp_path / "source", tmp_path / "coco", side)
+    images, folder = data.load_train_split(tmp_path / "coco", 64)
+    assert [info.id for info in images] == ids
     assert [Image.open(folder / info.file_name).mode for info in images[:2]] == ["L", "RGB"]
-    annotation_file, _ = data.split_paths(data_dir, "val2017")
-    content = data.read_annotations(annotation_file, 2, masks=True)
+    content = data.read_annotations(tmp_path / "coco" / VAL, 2, masks=True)
     assert [(a["image_id"], a["bbox"], a["area"]) for a in content["annotations"]
-            ] == [(5, [5, 3, 4, 12], 48)]
+            ] == [(1, [5, 3, 4, 12], 48)]
+
+
+VOC = """<annotation><object><name>wolf</name><difficult>1</difficult>
+<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>64</xmax><ymax>48</ymax></bndbox></object>
+<object><name>bear</name><bndbox><xmin>11</xmin><ymin>21</ymin><xmax>30</xmax><ymax>21</ymax></bndbox>
+</object></annotation>"""
+
+
+def test_boxes_in_vocs_layout_are_converted(tmp_path):
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / "voc" / folder).mkdir(parents=True)
+    for name, split in (("a", "trainval"), ("b", "test")):
+        (tmp_path / "voc" / "Annotations" / f"{name}.xml").write_text(VOC)
+        (tmp_path / "voc" / "ImageSets" / "Main" / f"{split}.txt").write_text(name + "\n")
+        Image.new("RGB", (64, 48)).save(tmp_path / "voc" / "JPEGImages" / f"{name}.jpg")
+    convert.convert_voc(tmp_path / "voc", tmp_path / "coco")
+    images, _ = data.load_train_split(tmp_path / "coco", 64)
+    assert images == [(1, "a.jpg", 64, 48)]
+    content = data.read_annotations(tmp_path / "coco" / VAL, 3, masks=False)
+    assert content["categories"] == [{"id": 1, "name": "bear"}, {"id": 2, "name": "wolf"}]
+    assert [(a["category_id"], a["bbox"], a["area"], a["iscrowd"]) for a in content["annotations"]
+            ] == [(2, [0, 0, 64, 48], 3072, 1), (1, [10, 20, 20, 1], 20, 0)]

@@ -243,15 +243,6 @@ def test_only_conv1_and_layer1_have_changed(trained, teachers):
         assert is_trained or torch.equal(value, teacher.state_dict()[key]), key
 
 
-def test_the_checkpoint_gives_the_metrics_of_its_last_validation(trained, dataset, call):
-    """And at the image sizes that it holds, without flags for them."""
-    _, out, _ = call(evaluate.main, "--ckpt", trained / BEST.format("maskrcnn"), "--data-dir",
-                     dataset, "--limit-val", 1, "--device", "cpu", "--workers", 0)
-    assert "maskrcnn at 32/64 pixels, on 1 x cpu" in out and "used with" not in out
-    [epoch] = records(trained, "epoch")
-    assert json.loads(out.splitlines()[-1])["student"] == epoch["metrics"]
-
-
 def test_a_run_with_parts_and_a_teacher_of_ones_own(dataset, tmp_path, monkeypatch):
     """What is logged, checked and recorded is what was trained.
 
