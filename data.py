@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ def read_annotations(file: Path, classes: int, masks: bool) -> dict[str, Any]:
     category_ids = {category["id"] for category in content["categories"]}
     if max(category_ids, default=classes - 1) != classes - 1:
         log(f"{file}: the highest category id is {max(category_ids)}, and that of the detector "
-            f"{classes - 1}: is it the right --teacher-ckpt?")
+            f"{classes - 1}: is it the right checkpoint?")
     coco = COCO()  # of the images, which is all that annToRLE needs
     coco.imgs = {image["id"]: image for image in content["images"]}
     check(file, content, "annotations", annotation_problems, coco.imgs, category_ids, classes,
@@ -178,7 +178,7 @@ def report_unlikely(
                     f"image {first['image_id']}, has bbox {first['bbox']} and area {first['area']}")
             if is_found is misfits and count > len(annotations) / 2:
                 raise InputError(f"{text}, and measures {own_boxes[i].tolist()} and "
-                                 f"{own_areas[i]:.0f} (an area that is left out is measured)")
+                                 f"{own_areas[i]:.0f} (without an area, it is measured)")
             log(text)
 
 
@@ -189,7 +189,7 @@ def check(
 ) -> None:
     """Raise InputError if a file has no list of objects named `group`, or if they have problems.
 
-    find_problems: called with the list and args, yields them; it may rely on earlier checks. The
+    find_problems: called with the list and args, yields Problems; may rely on earlier checks. The
     message names the first entry with a problem, and says how many more have the same.
     """
     entries = content.get(group) if isinstance(content, dict) else None
@@ -336,7 +336,7 @@ def load_train_split(
     data_dir: Path, max_size: int, limit: int | None = None, needed: int = 1,
     val_categories: ById | None = None
 ) -> tuple[list[ImageInfo], Path]:
-    """Return the first `limit` of read_train_images, after check_images, and their folder."""
+    """Return read_train_images's first `limit`, checked by check_images, and their folder."""
     file, folder = split_paths(data_dir, "train2017")
     gc.disable()  # it would look at the millions of objects in the file again and again
     try:
@@ -366,8 +366,7 @@ def check_images(images: Images, folder: Path, max_size: int, needed: int = 1) -
     max_size: of the detector's transform, which resizes the longer side to at most so many pixels.
     """
     if len(images) < needed:
-        raise InputError(f"{folder}: its annotation file has {len(images)} images to use, and "
-                         f"{needed} are needed")
+        raise InputError(f"{folder} has {len(images)} images to use, and {needed} are needed")
     paths = [os.path.join(folder, image.file_name) for image in images]
     absent = [path for path in paths
               if not (os.path.isfile(path) and os.path.getsize(path) and os.access(path, os.R_OK))]
@@ -439,16 +438,16 @@ class CocoImages(Dataset):
 
 # ---- batches -------------------------------------------------------------------------------------
 
-def aspect_ratio_groups(widths: Sequence[int], heights: Sequence[int], k: int = 3) -> np.ndarray:
-    """Group images by width / height: (N,) ints from 0 to 2k + 1; an edge is in the upper group.
+def aspect_ratio_groups(widths: Sequence[int], heights: Sequence[int]) -> np.ndarray:
+    """Group images by width / height: (N,) ints from 0 to 7; an edge is in the upper group.
 
-    Source: torchvision's references, create_aspect_ratio_groups.
+    Source: torchvision's references, create_aspect_ratio_groups with k = 3.
     """
-    edges = 2 ** np.linspace(-1, 1, 2 * k + 1)
+    edges = 2 ** np.linspace(-1, 1, 7)
     return np.searchsorted(edges, np.divide(widths, heights), side="right")
 
 
-def group_batches(order: Collection, groups: Sequence[int], batch_size: int) -> list[list[int]]:
+def group_batches(order: Sequence[int], groups: Sequence[int], batch_size: int) -> list[list[int]]:
     """Cut an order of images into len(order) // batch_size batches, each of one group.
 
     Batches come in the order in which they fill up. At the end, left-over groups are filled up
@@ -457,12 +456,12 @@ def group_batches(order: Collection, groups: Sequence[int], batch_size: int) -> 
     few images for one batch; here they are repeated.
     """
     batches = []
-    left_over = defaultdict(list)  # group -> images that wait for their batch to fill up
-    seen = defaultdict(list)       # group -> all its images so far
-    for image in order:
-        group = groups[image]
-        left_over[group].append(image)
-        seen[group].append(image)
+    left_over = defaultdict(list)  # group -> positions that wait for their batch
+    seen = defaultdict(list)       # group -> all its positions so far
+    for position in order:
+        group = groups[position]
+        left_over[group].append(position)
+        seen[group].append(position)
         if len(left_over[group]) == batch_size:
             # Taken out and put in again, the group is the dict's last. That order decides between
             # left-overs of equal size below, as in the original.
@@ -504,7 +503,7 @@ class GroupedBatches(Sampler):
         self.order.set_epoch(self.epoch)
         rng = np.random.default_rng((self.seed, self.epoch))
         flips = (rng.random(len(self.groups)) < 0.5).tolist()
-        batches = group_batches(self.order, self.groups, self.batch_size)
+        batches = group_batches(list(self.order), self.groups, self.batch_size)
         for batch in batches[self.first_batch:]:
             yield [(position, flips[position]) for position in batch]
 
@@ -537,7 +536,7 @@ def ignore_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def check_workers(images: Images, batch_size: int, workers: int) -> None:
+def check_workers(images: Images, batch_size: int, workers: int, batches_in_use: int) -> None:
     """Raise InputError if loader workers would hang: for a long TMPDIR, or a small /dev/shm."""
     folder = tempfile.gettempdir()
     # Tensors go by Unix sockets named TMPDIR/pymp-xxxxxxxx/listener-xxxxxxxx, of 107 bytes at most.
@@ -547,9 +546,9 @@ def check_workers(images: Images, batch_size: int, workers: int) -> None:
     if workers == 0 or not os.path.isdir("/dev/shm"):
         return
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    batches_ready = 2 * workers + 1  # a DataLoader's prefetch_factor is 2; one batch is in use
+    batches = 2 * workers + batches_in_use  # a DataLoader's prefetch_factor is 2
     sizes = (3 * image.width * image.height for image in images)
-    needed = sum(sorted(sizes)[-processes_here * batches_ready * batch_size:])
+    needed = sum(sorted(sizes)[-processes_here * batches * batch_size:])
     free = shutil.disk_usage("/dev/shm").free
     if free < needed:
         raise InputError(f"/dev/shm has {free / 2**20:.0f} MiB free, and workers may need "

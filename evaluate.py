@@ -402,7 +402,7 @@ def main(
         f"{device.type}")
     models.to_device(student, device)
     val = ValSet(args.data_dir, student, args.limit_val)
-    distributed.on_main(data.check_workers, val.images, 1, args.workers)
+    distributed.on_main(data.check_workers, val.images, 1, args.workers, 2)  # 2: this and the last
 
     if (args.teacher or args.teacher_ckpt or args.teacher_eps is not None or args.jpeg
             or args.pictures):

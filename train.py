@@ -51,7 +51,7 @@ class Experiment:
     layer_weights: Annotated[tuple[float, ...], "of layer1 to layer4; HND: 1 0 0 0"] = (1.0,) * 4
     epochs: Annotated[int, "passes over the images"] = 20
     images_per_step: Annotated[int, "images over all processes and micro-batches together"] = 12
-    reference_batch: Annotated[int, "factor of the images' mean loss: a GPU of 2020 had 4"] = 4
+    reference_batch: Annotated[int, "the loss is this times the images' mean; 4 in 2020"] = 4
     lr: Annotated[float, "learning rate of Adam, for any number of processes"] = 1e-3
     lr_drops: Annotated[tuple[int, ...], "epochs (from 0) that begin with a lower lr"] = (5, 15)
     lr_drop_factor: Annotated[float, "factor of lr at each drop"] = 0.1
@@ -63,11 +63,12 @@ class Experiment:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             least = 1 if type(value) is int and name != "seed" else 0
-            if type(value) in (int, float) and not least <= value < 2**63:
-                raise InputError(f"{name} is {value}; it must be from {least} to 2^63 - 1")
-        if len(self.layer_weights) != 4 or not any(self.layer_weights):
-            raise InputError(f"layer_weights are {self.layer_weights}; there must be one for each "
-                             "of 4 layers, and not only zeros")
+            most = 2**16 - 1 if name.endswith("_size") else 2**63 - 1
+            if type(value) in (int, float) and not least <= value <= most:
+                raise InputError(f"{name} is {value}; it must be from {least} to {most:,}")
+        weights = self.layer_weights
+        if len(weights) != 4 or not 0 <= min(weights) < sum(weights) < math.inf:
+            raise InputError(f"layer_weights are {weights}; give 4, none below 0, and one above")
 
 
 EXPERIMENTS = {arch: Experiment(arch) for arch in ("fasterrcnn", "maskrcnn")}
@@ -99,7 +100,7 @@ def train_step(
         images = [image.to(device, non_blocking=True) / 255 for image in images]
         batch = transform(images)[0].tensors  # (B, 3, H, W): normalised, resized, padded
 
-        # What DDP's no_sync sets: gradients are accumulated, and the last backward pass sends all.
+        # What DDP's no_sync sets; without DDP, it does nothing. The last backward pass sends all.
         student_body.require_backward_grad_sync = number == len(micro_batches)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
@@ -171,7 +172,7 @@ def run_experiment(
 
     After each epoch the student is validated, and the best checkpoint is written if its box AP is
     the best so far; the final test uses that checkpoint.
-    args: parse_args's. bottleneck, criterion, predictor: as in `main`.
+    args: parse_args's, with the device. bottleneck, criterion, predictor: as in `main`.
     """
     checkpoint = distributed.on_main(folder.lock_and_read, args.resume)
     distributed.log_to(folder.log)
@@ -184,7 +185,7 @@ def run_experiment(
     images, images_folder = distributed.on_main(
         data.load_train_split, args.data_dir, experiment.max_size, args.limit_train,
         experiment.images_per_step, val.coco.cats)
-    distributed.on_main(data.check_workers, images, micro_batch, args.workers)
+    distributed.on_main(data.check_workers, images, micro_batch, args.workers, accumulation)
     loader = data.train_loader(
         images, images_folder, micro_batch, experiment.seed, args.workers, args.device)
     config = asdict(experiment) | {
@@ -313,14 +314,14 @@ def train_to_epoch_end(
     batches = iter(loader)
     meter = Meter()
     for step in range(first, last + 1):
-        # The default student draws no random numbers. If yours does: each process and step has a
-        # seed of its own, which a resumed run repeats.
+        # For students that draw random numbers: each process and step has a seed, resumed or not.
         seed = np.random.SeedSequence((config["seed"], run.epoch, step, distributed.rank()))
         torch.manual_seed(int(seed.generate_state(1)[0]))
         wait_begin = time.perf_counter()
         micro_batches = [next(batches) for _ in range(accumulation)]
         meter.waited += time.perf_counter() - wait_begin
         meter.steps.append(step_function(micro_batches, run.optimizer))
+        del micro_batches  # their shared memory is free before the next ones come
 
         is_saved = step % args.save_every == 0 or step == last
         if step == first or step % args.log_every == 0 or is_saved:
@@ -373,10 +374,10 @@ class Run:
     optimizer: Adam
     scheduler: MultiStepLR
     config: dict[str, Any]  # the settings, and the numbers of images: not changed
-    epoch: int = 0          # being trained or validated, counted from 0
+    epoch: int = 0          # being trained or validated, from 0; last.pt is written between
     step: int = 0           # steps done in this epoch, as of the last record
     loss_sum: float = 0.0   # over these steps
-    best_box_ap: float = -math.inf
+    best_box_ap: float = -math.inf  # on the main process alone
 
     def content(self) -> dict[str, Any]:
         """Return what a checkpoint holds. Up to "args", these are torchdistill's entries."""

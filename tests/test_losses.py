@@ -10,39 +10,29 @@ def make_maps(seed):
             torch.randn(2, 16, 3, 4, generator=generator)]
 
 
-@pytest.mark.parametrize("weights", [(1, 1), (1, 0), (0.5, 3)])
-def test_loss_is_the_weighted_sum_of_squared_differences(weights):
+def test_loss_is_the_weighted_sum_of_squared_differences():
     student_maps, teacher_maps = make_maps(0), make_maps(1)
     by_hand = []
     for s, t in zip(student_maps, teacher_maps, strict=True):
         by_hand.append(sum(float((a - b) ** 2) for a, b in zip(s.flatten(), t.flatten())))
         s.requires_grad_()
-    loss, errors = losses.ghnd_loss(student_maps, teacher_maps, weights)
+    loss, errors = losses.ghnd_loss(student_maps, teacher_maps, (0.5, 3))
     torch.testing.assert_close(errors, torch.tensor(by_hand))
-    assert loss.item() == pytest.approx(weights[0] * by_hand[0] + weights[1] * by_hand[1])
+    assert loss.item() == pytest.approx(0.5 * by_hand[0] + 3 * by_hand[1])
 
     assert not errors.requires_grad
     loss.backward()
-    for weight, s, t in zip(weights, student_maps, teacher_maps, strict=True):
+    for weight, s, t in zip((0.5, 3), student_maps, teacher_maps, strict=True):
         torch.testing.assert_close(s.grad, weight * 2 * (s - t).detach())
+    zeros = [torch.zeros_like(t) for t in teacher_maps]  # their relative error is 1
+    errors = losses.squared_errors(zeros, teacher_maps)
+    torch.testing.assert_close(errors, losses.squared_norms(teacher_maps))
 
 
-def test_relative_error_of_zeros_is_one_and_of_the_teacher_zero():
-    teacher_maps = make_maps(1)
-    zeros = [torch.zeros_like(t) for t in teacher_maps]
-    norms = losses.squared_norms(teacher_maps)
-    torch.testing.assert_close(losses.squared_errors(zeros, teacher_maps) / norms, torch.ones(2))
-    assert losses.squared_errors(teacher_maps, teacher_maps).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("dtype, expected", [
-    (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
-    (torch.float64, torch.float64)])
-def test_sums_are_float32_at_least(dtype, expected):
-    twos = torch.full((1, 1, 300, 300), 2, dtype=dtype)
-    zeros = torch.zeros_like(twos)
-    for sums in (losses.squared_errors([twos], [zeros]), losses.squared_norms([twos])):
-        assert sums.dtype == expected and sums.item() == 360_000  # beyond float16's range
+def test_sums_of_float16_are_float32():
+    twos = torch.full((1, 1, 300, 300), 2, dtype=torch.float16)
+    for sums in (losses.squared_errors([twos], [0 * twos]), losses.squared_norms([twos])):
+        assert sums.dtype == torch.float32 and sums.item() == 360_000  # beyond float16's range
 
 
 def test_maps_that_do_not_correspond_are_an_error():
@@ -50,5 +40,5 @@ def test_maps_that_do_not_correspond_are_an_error():
         losses.squared_errors([torch.zeros(1, 2, 3, 3)], [torch.zeros(1, 2, 3, 4)])
     with pytest.raises(ValueError, match="longer"):
         losses.squared_errors([torch.zeros(1)], [torch.zeros(1)] * 2)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match="shorter"):
         losses.ghnd_loss([torch.zeros(1)], [torch.zeros(1)])  # four weights for one layer

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SIZES, same
+from conftest import same
 
 import data
 import evaluate
@@ -15,7 +15,7 @@ import losses
 import models
 import train
 
-PIXELS = (torch.arange(3 * 90 * 131).reshape(3, 90, 131) % 251).to(torch.uint8)
+PIXELS = (torch.arange(3 * 50 * 71).reshape(3, 50, 71) % 251).to(torch.uint8)
 IMAGE = PIXELS / 255
 PATH = Path("checkpoint.pt")
 BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
@@ -24,7 +24,7 @@ VAL = {"images": [{"id": 1}], "categories": [{"id": 1}], "annotations": [BOX]}
 
 @pytest.fixture(scope="module")
 def teacher(teachers):
-    return models.load_teacher("fasterrcnn", teachers["fasterrcnn"], **SIZES)
+    return models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 64, 96)
 
 
 @pytest.mark.parametrize("module, names, use", [
@@ -44,7 +44,7 @@ def teacher(teachers):
     (evaluate, "METRICS Results make_coco results_of_type load_results coco_metrics",
      lambda m, *_: m.coco_metrics(m.make_coco(VAL), [BOX | {"score": 0.5}], [1], "bbox")),
     (train, "Criterion train_step", lambda m, student, teacher: m.train_step(
-        *models.training_bodies(student, teacher), teacher.transform, [[PIXELS], [PIXELS]],
+        *models.training_bodies(student, teacher), teacher.transform, [[PIXELS]],
         torch.optim.SGD(student.backbone.body.layer1.parameters(), lr=0.0)))])
 def test_a_piece_works_alone(module, names, use, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

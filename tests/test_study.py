@@ -1,3 +1,4 @@
+from functools import partial
 from unittest.mock import Mock
 
 import convert
@@ -71,44 +72,30 @@ def test_quantization_aware_training_starts_at_its_step_and_passes_gradients_on(
     assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
 
 
-@pytest.fixture
-def args(dataset, teachers, tmp_path):
-    args = study.parse_args([
-        "--data-dir", str(dataset), "--arch", "fasterrcnn", "--folder", str(tmp_path), "--epochs",
-        "1", "--min-size", "64", "--max-size", "96", "--every", "10"])
-    args.teacher_file = teachers["fasterrcnn"]
-    return args
+def test_a_study_makes_a_table_and_a_figure_and_is_done_once(
+        dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "BITS", [32, 2])
+    monkeypatch.setattr(study, "QUALITIES", [10])
+    few = {"rpn_post_nms_top_n_test": 40, "box_score_thresh": 0.0}  # boxes, and not for seconds
+    monkeypatch.setattr(models, "build_detector", partial(models.build_detector, **few))
+    flags = (f"--arch fasterrcnn --data-dir {dataset} --folder {tmp_path} --teacher-steps 1 "
+             "--epochs 1 --min-size 64 --max-size 96 --every 10 --seeds 0 --only ghnd torchdistill")
+    study.main(flags.split())
+    table = capsys.readouterr().out.partition("\n| what")[2]
+    assert "ghnd - torchdistill, seed by seed: " in table
+    for row in ("teacher, the files", "teacher, JPEG 10", "ghnd, 32-bit", "ghnd, 2-bit",
+                "torchdistill, 32-bit"):
+        assert f"\n| {row} | " in table
+    assert Image.open(tmp_path / "study.jpg").width == 700
+    assert not list(tmp_path.glob("*/*.pt"))
+    study.main(flags.split())
+    before, _, again = capsys.readouterr().out.partition("\n| what")
+    assert "evaluation" not in before and again == table
 
 
-@pytest.mark.parametrize("name", ["qat-2", "torchdistill"])
-def test_a_student_is_trained_and_evaluated_through_its_bits(name, args, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "BITS", [4])
-    rows = study.make_student(args, study.list_variants(steps=9)[name], 0, tmp_path / "run")
-    assert [(row["bits"], list(row["metrics"])) for row in rows] == [
-        (2 if name == "qat-2" else 4, ["bbox"])]
-
-
-def test_a_table_and_a_figure_show_what_was_found(tmp_path, capsys):
-    found = {}
-    for name, sent, ap, sent_bytes in (
-            ("teacher", "the files", 0.5, 200), ("teacher", "JPEG 75", 0.4, 50),
-            ("ghnd", "32-bit", 0.3, 60), ("ghnd", "32-bit", 0.4, 50),
-            ("torchdistill", "32-bit", 0.2, 60), ("torchdistill", "32-bit", 0.4, 60)):
-        study.add(found, name, [{"sent": f"x, {sent}", "metrics": {"bbox": {"AP": ap}},
-                                 "payload_bytes": sent_bytes}])
-    study.print_table(found, ["bbox"], every=4)
-    study.draw_figure(found, ["bbox"], tmp_path / "figure.jpg")
-    assert capsys.readouterr().out == """
-| what detects (on one image of 4) | bbox AP | bytes an image |
-| --- | --- | --- |
-| teacher, the files | 0.500 | 200 (100%) |
-| teacher, JPEG 75 | 0.400 | 50 (25%) |
-| ghnd, 32-bit | 0.350 ± 0.071 (0.300 0.400) | 55 (28%) |
-| torchdistill, 32-bit | 0.300 ± 0.141 (0.200 0.400) | 60 (30%) |
-
-bbox AP, ghnd - torchdistill, seed by seed: +0.050 ± 0.071 (+0.100 +0.000)
-"""
-    assert Image.open(tmp_path / "figure.jpg").width == 700
+def test_a_mean_has_its_deviation_and_each_value():
+    assert study.describe([0.5]) == "0.500"
+    assert study.describe([0.1, -0.0], "+") == "+0.050 ± 0.071 (+0.100 -0.000)"
 
 
 @pytest.mark.parametrize("side, ids", [(None, [1, 2, 3, 4, 5]), (20, [1, 2, 3, 4])])

@@ -79,8 +79,9 @@ def test_a_new_field_of_the_experiment_is_a_flag(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("changes", [
-    {"epochs": 0}, {"images_per_step": -3}, {"seed": 2**64}, {"layer_weights": (1.0,)},
-    {"layer_weights": (0, 0, 0, 0)}])
+    {"epochs": 0}, {"images_per_step": -3}, {"seed": 2**64}, {"max_size": 2**16},
+    *({"layer_weights": weights} for weights in (
+        (1,), (0, 0, 0, 0), (1, 0, -1, 1), (float("nan"), 1, 1, 1)))])
 def test_an_experiment_that_cannot_be_run_is_refused(changes):
     with pytest.raises(InputError, match=f"^{list(changes)[0]} "):
         replace(FASTERRCNN, **changes)
