@@ -1,4 +1,4 @@
-"""Time a training step beside torchdistill's, and beside its convolutions alone. By hand.
+"""Time a training step beside torchdistill's. By hand.
 
     python tests/benchmark.py [--large] [--device cuda]
 
@@ -19,17 +19,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import drawn
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import distributed
 import losses
 import models
 import train
 
-TORCHDISTILL, FLOOR = "torchdistill", "the convolutions of ours alone"
+LAYERS = [f"seq.backbone.body.layer{i}" for i in (1, 2, 3, 4)]
+TORCHDISTILL = "torchdistill"
 OURS = {  # the other steps: (amp, compiled)
     "ours": (None, False), "ours, --compile": (None, True), "ours, --amp bf16": ("bf16", False),
-    "ours, --compile --amp bf16": ("bf16", True), FLOOR: (None, False)}
+    "ours, --compile --amp bf16": ("bf16", True)}
 
 
 def alternate(rounds, functions):
@@ -48,17 +48,37 @@ def alternate(rounds, functions):
 def describe_machine(device):
     """Return what timings depend on, as one line."""
     cpuinfo = Path("/proc/cpuinfo")  # of Linux
-    name = cpuinfo.read_text().partition("model name\t: ")[2] if cpuinfo.exists() else "a CPU"
-    name = name.partition("\n")[0]
-    if device.type == "cuda":
-        name = f"{torch.cuda.get_device_name(device)}, {name}"
-    return (f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads "
-            f"on {os.cpu_count()} cores, torch {torch.__version__}")
+    cpu = cpuinfo.read_text().partition("model name\t: ")[2] if cpuinfo.exists() else "a CPU"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu.partition("\n")[0]
+    return (f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of "
+            f"{os.cpu_count()} cores, torch {torch.__version__}")
+
+
+def box_config():
+    """The published configuration, as data: its train section without the data loaders."""
+    def term(layer):
+        student, teacher = ({"is_from_teacher": is_teacher, "module_path": layer, "io": "output"}
+                            for is_teacher in (False, True))
+        return {"criterion": {"key": "MSELoss", "kwargs": {"reduction": "sum"}}, "weight": 1.0,
+                "criterion_wrapper": {"key": "SimpleLossWrapper",
+                                      "kwargs": {"input": student, "target": teacher}}}
+
+    def model(frozen, requires_grad):
+        wrapper = {"key": "HeadRCNN", "kwargs": {"head_rcnn": {"sequential": ["backbone.body"]}}}
+        return {"forward_proc": "forward_batch_only", "sequential": [], "frozen_modules": frozen,
+                "requires_grad": requires_grad, "forward_hook": {"input": [], "output": LAYERS},
+                "auxiliary_model_wrapper": wrapper}
+
+    terms = {layer.rsplit(".")[-1]: term(layer) for layer in LAYERS}
+    return {"num_epochs": 20, "train_data_loader": {}, "val_data_loader": {},
+            "teacher": model([], False), "student": model(LAYERS[1:], True),
+            "optimizer": {"key": "Adam", "kwargs": {"lr": 0.001}},
+            "scheduler": {"key": "MultiStepLR", "kwargs": {"milestones": [5, 15], "gamma": 0.1}},
+            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}}}
 
 
 def distillation_box(teacher, student, device, experiment):
     """Return torchdistill 1.1.5's distillation box for an experiment in one process."""
-    from test_parity import box_config
     from torchdistill.core.distillation import get_distillation_box
 
     config = box_config()
@@ -95,31 +115,7 @@ def make_step(name, device, size):
     optimizer, _ = train.build_optimizer(student, experiment)
     experiment = replace(experiment, amp=amp)
     step = train.build_step(student, teacher, experiment, losses.ghnd_loss, compiled)
-    step = partial(step, [images], optimizer)
-    return Convolutions(step).repeat if name == FLOOR else step
-
-
-class Convolutions(TorchDispatchMode):
-    """Notes the convolutions of a step, forward and backward, and repeats them."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.calls = []
-        self.kept = {}  # one tensor of each shape and stride will do
-        with self:
-            step()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "convolution" in function.name():
-            args_kept = [self.kept.setdefault((arg.shape, arg.stride()), arg.detach())
-                         if isinstance(arg, torch.Tensor) else arg for arg in args]
-            self.calls.append((function, args_kept))
-        return function(*args, **kwargs or {})
-
-    @torch.no_grad()
-    def repeat(self):
-        for function, args in self.calls:
-            function(*args)
+    return partial(step, [images], optimizer)
 
 
 def main():
@@ -135,7 +131,7 @@ def main():
     print(describe_machine(device))
     seconds = alternate(args.rounds, [make_step(name, device, size) for name in names])
     for name, value in zip(names, seconds):
-        print(f"a step of 4 images at {size}, {name:31}{value:8.3f} s, {seconds[0] / value:.2f} x")
+        print(f"a step of 4 images at {size}, {name:27}{value:8.3f} s, {seconds[0] / value:.2f} x")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,6 @@ import torch
 import train
 
 MIN_SIZE, MAX_SIZE = 128, 224
-TEACHER_STEPS = 130
-BITS = ["8", "4", "2"]
-QUALITIES = ["10", "1"]
 
 
 def run(what, script, *flags):
@@ -52,8 +49,7 @@ def make_teacher(arch, folder):
     drawn.write_dataset(data_dir, train=256, val=16)
     print(f"Drew 256 images to train on and 16 to validate with, in {data_dir}/: red boxes and blue "
           "ellipses.\nNow a teacher is trained for them, with their labels.\n", flush=True)
-    teacher = drawn.train_teacher(
-        arch, data_dir, TEACHER_STEPS, min_size=MIN_SIZE, max_size=MAX_SIZE)
+    teacher = drawn.train_teacher(arch, data_dir, 130, MIN_SIZE, MAX_SIZE)
     torch.save(teacher.state_dict(), teacher_file)
     return data_dir, teacher_file
 
@@ -82,8 +78,8 @@ def main():
     summary = json.loads(run(
         "The student is split: its head packs an image into bytes, its tail detects from them. With "
         "fewer bits a value there are fewer bytes. The teacher gets JPEG files for comparison.",
-        "evaluate.py", "--ckpt", ckpt, *common, "--bits", *BITS, "--jpeg", *QUALITIES,
-        "--pictures", pictures))
+        "evaluate.py", "--ckpt", ckpt, *common, "--bits", 8, 4, 2, "--jpeg", 10, 1, "--pictures",
+        pictures))
 
     print("\nIn short:")
     for iou_type in summary["student"]:

@@ -227,17 +227,17 @@ def test_missing_and_other_files_are_named_with_the_reason(place, put, reason, o
         data.load_train_split(own_dataset, 1333)
 
 
-def test_what_may_not_be_read_is_named_and_a_name_may_have_another_form(
-        own_dataset, monkeypatch):
-    edit_json(own_dataset / TRAIN, change("images", file_name=lambda i: f"é{i['id']}"))
-    with refused("é1: No such file or directory, .* another Unicode form"):
-        data.load_train_split(own_dataset, 1333)
-    monkeypatch.setattr(data, "open", Mock(side_effect=OSError(13, "not for you")), raising=False)
-    monkeypatch.setattr(data.os, "listdir", Mock(side_effect=OSError(13, "nor this")))
+def test_what_may_not_be_read_is_named_and_a_name_may_have_another_form(dataset, monkeypatch):
+    images = [data.ImageInfo(1, "é1", 9, 9)]
+    with refused("é1: No such file or directory; on disk, .* another Unicode form"):
+        data.check_images(images, dataset, 1333)
+    denied = Mock(side_effect=OSError(13, "not for you"))
+    monkeypatch.setattr(data, "open", denied, raising=False)
     with refused("é1: not for you"):
-        data.check_images([data.ImageInfo(1, "é1", 9, 9)], own_dataset, 1333)
-    with refused(f"{own_dataset / 'train2017'}: nor this"):
-        data.load_train_split(own_dataset, 1333)
+        data.check_images(images, dataset, 1333)
+    monkeypatch.setattr(data.os, "listdir", denied)
+    with refused(f"{dataset / 'train2017'}: not for you"):
+        data.load_train_split(dataset, 1333)
 
 
 @pytest.mark.parametrize("width, height, message", [

@@ -23,7 +23,7 @@ from distributed import InputError
 
 VAL = "annotations/instances_val2017.json"
 # Detectors look at few places, since 1,000 take seconds, and find something there.
-FEW = {"rpn_post_nms_top_n_test": 40, "box_detections_per_img": 10, "box_score_thresh": 0.0}
+FEW = {"box_detections_per_img": 10, "box_score_thresh": 0.0}
 
 
 @pytest.fixture(scope="module", autouse=True)

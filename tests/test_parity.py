@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark import box_config
 from conftest import ARCHS, CPU, SIZES, same
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
@@ -129,31 +130,6 @@ def test_batches_are_the_original_ones(original):
 
 # ---- torchdistill 1.1.5: its distillation box with the published configuration -------------------
 
-LAYERS = [f"seq.backbone.body.layer{i}" for i in (1, 2, 3, 4)]
-
-
-def box_config():
-    """The published configuration, as data: its train section without the data loaders."""
-    def term(layer):
-        student, teacher = ({"is_from_teacher": is_teacher, "module_path": layer, "io": "output"}
-                            for is_teacher in (False, True))
-        return {"criterion": {"key": "MSELoss", "kwargs": {"reduction": "sum"}}, "weight": 1.0,
-                "criterion_wrapper": {"key": "SimpleLossWrapper",
-                                      "kwargs": {"input": student, "target": teacher}}}
-
-    def model(frozen, requires_grad):
-        wrapper = {"key": "HeadRCNN", "kwargs": {"head_rcnn": {"sequential": ["backbone.body"]}}}
-        return {"forward_proc": "forward_batch_only", "sequential": [], "frozen_modules": frozen,
-                "requires_grad": requires_grad, "forward_hook": {"input": [], "output": LAYERS},
-                "auxiliary_model_wrapper": wrapper}
-
-    terms = {layer.rsplit(".")[-1]: term(layer) for layer in LAYERS}
-    return {"num_epochs": 20, "train_data_loader": {}, "val_data_loader": {},
-            "teacher": model([], False), "student": model(LAYERS[1:], True),
-            "optimizer": {"key": "Adam", "kwargs": {"lr": 0.001}},
-            "scheduler": {"key": "MultiStepLR", "kwargs": {"milestones": [5, 15], "gamma": 0.1}},
-            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}}}
-
 
 def train_original(student, teacher, batches):
     """Train with its box, one batch an epoch; return (lr, loss, terms) of steps, and Adam."""
@@ -217,14 +193,14 @@ def compare(teachers):
     @functools.cache
     def make_pair(dtype):
         torch.set_default_dtype(dtype)  # also what uint8 / 255 becomes
-        teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 32, 64)
+        teacher = models.load_teacher("fasterrcnn", teachers["fasterrcnn"], 64, 128)
         torch.manual_seed(0)
         return models.build_student(teacher), teacher
 
     def compare(dtype, steps, first_step=0):
         batches = [[torch.randint(0, 256, (3, h, w), dtype=torch.uint8,
                                   generator=torch.Generator().manual_seed(4 * b + i))
-                    for i, (h, w) in enumerate([(35, 48), (32, 40), (38, 50), (33, 49)])]
+                    for i, (h, w) in enumerate([(70, 96), (64, 80), (75, 100), (66, 99)])]
                    for b in range(first_step, first_step + steps)]
         tables, states = [], []
         for train_pair, threads in ((train_ours, 2), (train_original, 2), (train_original, 1)):

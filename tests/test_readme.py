@@ -6,7 +6,6 @@ import runpy
 import shutil
 import sys
 import threading
-from functools import partial
 
 import pytest
 import torch
@@ -28,8 +27,6 @@ BEST = BEST.format("fasterrcnn")
 def place(tmp_path, monkeypatch, dataset, checkpoints):
     """A working folder with a student.pt and a photo.jpg."""
     monkeypatch.chdir(tmp_path)
-    few = {"rpn_post_nms_top_n_test": 40, "box_detections_per_img": 10}  # 1,000 take seconds
-    monkeypatch.setattr(models, "build_detector", partial(models.build_detector, **few))
     content = models.load_checkpoint(checkpoints["fasterrcnn"])
     content["config"] = {"bottleneck_channels": 3, "min_size": 96, "max_size": 160}
     torch.save(content, "student.pt")
