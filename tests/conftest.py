@@ -27,8 +27,7 @@ CPU = torch.device("cpu")
 SIZES = {"min_size": 96, "max_size": 160}
 SIZE_FLAGS = ["--min-size", "96", "--max-size", "160", "--device", "cpu", "--workers", "0"]
 BEST = "coco2017-custom_{0}_resnet_fpn_from_{0}_resnet50_fpn.pt"
-# One thread is as fast with small images, and all processes round alike. Detectors look at 40
-# places, since 1,000 take seconds.
+# One thread is as fast with small images. Detectors look at 40 places, as 1,000 take seconds.
 torch.set_num_threads(1)
 models.build_detector = partial(models.build_detector, rpn_post_nms_top_n_test=40)
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))

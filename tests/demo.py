@@ -23,7 +23,7 @@ import torch
 
 import train
 
-MIN_SIZE, MAX_SIZE = 128, 224
+MIN_SIZE, MAX_SIZE = 96, 168
 
 
 def run(what, script, *flags):
@@ -49,7 +49,7 @@ def make_teacher(arch, folder):
     drawn.write_dataset(data_dir, train=256, val=16)
     print(f"Drew 256 images to train on and 16 to validate with, in {data_dir}/: red boxes and blue "
           "ellipses.\nNow a teacher is trained for them, with their labels.\n", flush=True)
-    teacher = drawn.train_teacher(arch, data_dir, 130, MIN_SIZE, MAX_SIZE)
+    teacher = drawn.train_teacher(arch, data_dir, 120, MIN_SIZE, MAX_SIZE)
     torch.save(teacher.state_dict(), teacher_file)
     return data_dir, teacher_file
 
@@ -74,12 +74,11 @@ def main():
         "--limit-val", 2, "--log-every", 10)
 
     ckpt = train.RunFolder(output_dir, args.arch).last  # two images are too few to tell the best
-    pictures = args.folder / "pictures"
     summary = json.loads(run(
         "The student is split: its head packs an image into bytes, its tail detects from them. With "
         "fewer bits a value there are fewer bytes. The teacher gets JPEG files for comparison.",
         "evaluate.py", "--ckpt", ckpt, *common, "--bits", 8, 4, 2, "--jpeg", 10, 1, "--pictures",
-        pictures))
+        args.folder / "pictures"))
 
     print("\nIn short:")
     for iou_type in summary["student"]:
@@ -90,7 +89,7 @@ def main():
             share = row["payload_bytes"] / summary["file_bytes"]
             print(f"    {row['sent']}: {ap:.3f}, sending {row['payload_bytes']:.0f} bytes an image, "
                   f"{share:.0%} of its file")
-    print(f"    annotations, teacher and student side by side: {pictures}/")
+    print(f"    annotations, teacher and student side by side: {args.folder}/pictures/")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def run_student(arch, folder):
         {"name": "custom_resnet50", "params": {
             "pretrained": False, "trainable_backbone_layers": 6,
             "layer1": {"type": "Bottleneck4LargeResNet", "bottleneck_channel": 3}}},
-        False, False, 91, False, min_size=96, max_size=160, rpn_post_nms_top_n_test=40).eval()
+        False, False, 91, False, min_size=96, max_size=160, rpn_post_nms_top_n_test=40,
+        box_score_thresh=0.0).eval()
     for module in model.modules():
         if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
             module.eps = 0.0  # what torchvision 0.7's FrozenBatchNorm2d had

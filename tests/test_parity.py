@@ -85,6 +85,7 @@ def write_annotations(path):
 
 @torch.no_grad()
 def outputs(student):
+    student.roi_heads.score_thresh = 0.0  # as in original.py
     image = torch.rand(3, 90, 120, generator=torch.Generator().manual_seed(0))
     batch = student.transform([image])[0].tensors
     return list(student.backbone.body(batch).values()), student([image])
@@ -98,7 +99,7 @@ def test_checkpoints_load_strictly_both_ways_and_compute_the_same(arch, students
     features, [detections] = found = outputs(student)
     assert same(found, (seen["features"], seen["detections"])) and len(features) == 4
     kinds = {"boxes", "scores", "labels"} | ({"masks"} if arch == "maskrcnn" else set())
-    assert detections.keys() == kinds and len(detections["boxes"]) > 1
+    assert detections.keys() == kinds and len(detections["boxes"]) > 9
     torch.manual_seed(5)  # layer1's modules, made in the same order, draw the same numbers
     initial = models.Bottleneck(3).state_dict()
     assert list(initial) == list(seen["initial"]) and same(initial, seen["initial"])
