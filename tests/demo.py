@@ -46,10 +46,10 @@ def make_teacher(arch, folder):
     """Draw the data set and train its teacher; return their paths."""
     data_dir, teacher_file = folder / "data", folder / f"teacher_{arch}.pt"
     shutil.rmtree(data_dir, ignore_errors=True)
-    drawn.write_dataset(data_dir, train=256, val=16)
-    print(f"Drew 256 images to train on and 16 to validate with, in {data_dir}/: red boxes and blue "
+    drawn.write_dataset(data_dir, train=256, val=12)
+    print(f"Drew 256 images to train on and 12 to validate with, in {data_dir}/: red boxes and blue "
           "ellipses.\nNow a teacher is trained for them, with their labels.\n", flush=True)
-    teacher = drawn.train_teacher(arch, data_dir, 120, MIN_SIZE, MAX_SIZE)
+    teacher = drawn.train_teacher(arch, data_dir, 85, MIN_SIZE, MAX_SIZE, rois=16)
     torch.save(teacher.state_dict(), teacher_file)
     return data_dir, teacher_file
 
@@ -70,14 +70,14 @@ def main():
     run("The student learns to give the teacher's features through 3 channels. No label is used; "
         "the relative errors of the four layers fall.",
         "train.py", "--arch", args.arch, *common, "--output-dir", output_dir, "--min-size", MIN_SIZE,
-        "--max-size", MAX_SIZE, "--epochs", 6, "--images-per-step", 4, "--limit-train", 84,
-        "--limit-val", 2, "--log-every", 10)
+        "--max-size", MAX_SIZE, "--epochs", 5, "--lr-drops", 4, "--images-per-step", 4,
+        "--limit-train", 84, "--limit-val", 2, "--log-every", 10)
 
     ckpt = train.RunFolder(output_dir, args.arch).last  # two images are too few to tell the best
     summary = json.loads(run(
         "The student is split: its head packs an image into bytes, its tail detects from them. With "
         "fewer bits a value there are fewer bytes. The teacher gets JPEG files for comparison.",
-        "evaluate.py", "--ckpt", ckpt, *common, "--bits", 8, 4, 2, "--jpeg", 10, 1, "--pictures",
+        "evaluate.py", "--ckpt", ckpt, *common, "--bits", 8, 4, "--jpeg", 1, "--pictures",
         args.folder / "pictures"))
 
     print("\nIn short:")
