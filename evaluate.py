@@ -37,7 +37,6 @@ Metrics = dict[str, dict[str, float]]            # "bbox" and, of a Mask R-CNN, 
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MIN_SCORE = 0.5  # lowest of drawn detections, and of teacher detections used as ground truth
-PROGRESS_SECONDS = 30
 
 # ---- from images to metrics ----------------------------------------------------------------------
 
@@ -80,7 +79,7 @@ def evaluate(
         detections = predict(image.to(device, non_blocking=True) / 255)
         my_results += to_coco(info.id, detections)
         now = time.perf_counter()
-        if now - last_line > PROGRESS_SECONDS:
+        if now - last_line > 30:  # seconds
             last_line = now
             log(f"{title}: {done:,} of this process's {len(share):,} images, "
                 f"{(now - begin) / done:.3f} s each")

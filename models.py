@@ -238,6 +238,7 @@ def fold_frozen_bn(module: nn.Module) -> nn.Module:
 
 # The published students' settings, which their files do not contain.
 PUBLISHED = {"bottleneck_channels": 3, "min_size": 800, "max_size": 1333}
+MAX_SIZE = 2**16 - 1  # pixels of a side; a payload's header has 16 bits for it
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -352,9 +353,9 @@ def load_student(
             log(f"{path}: trained with {name} {config[name]}, used with {value}")
             config[name] = value
     for name in PUBLISHED:
-        if type(config[name]) is not int or not 1 <= config[name] < 2**16:
+        if type(config[name]) is not int or not 1 <= config[name] <= MAX_SIZE:
             raise InputError(f"{path} cannot be used with {name} {config[name]!r}: it must be a "
-                             "whole number from 1 to 65,535")
+                             f"whole number from 1 to {MAX_SIZE:,}")
     has_masks = any(key.startswith("roi_heads.mask_head.") for key in state)
     config["arch"] = "maskrcnn" if has_masks else "fasterrcnn"
     detector = build_detector(

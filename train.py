@@ -63,7 +63,7 @@ class Experiment:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             least = 1 if type(value) is int and name != "seed" else 0
-            most = 2**16 - 1 if name.endswith("_size") else 2**63 - 1
+            most = models.MAX_SIZE if name.endswith("_size") else 2**63 - 1
             if type(value) in (int, float) and not least <= value <= most:
                 raise InputError(f"{name} is {value}; it must be from {least} to {most:,}")
         weights = self.layer_weights
