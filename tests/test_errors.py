@@ -78,7 +78,7 @@ REFUSALS = [
     (lambda p: publish(p.best), train, "--resume", "{best} is there; go on with its run by --resu"),
     (lambda p: publish(p.last), train, "--resume", "{last} was not written by this train.py"),
     (lambda p: cut(p.val_image), evaluate, "--workers 1", "image {val_image} cannot be decoded"),
-    (lambda p: p.out.mkdir(), evaluate, "--save-detections {out}", "{out} cannot be written: Is a"),
+    (lambda p: p.out.mkdir(), evaluate, "--ckpt no --save-detections {out}", "{out} cannot be writ"),
     (None, evaluate, "--ckpt " + 300 * "x", "xxx cannot be read: File name too long")]
 
 
