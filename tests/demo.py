@@ -49,7 +49,7 @@ def make_teacher(arch, folder):
     drawn.write_dataset(data_dir, train=256, val=12)
     print(f"Drew 256 images to train on and 12 to validate with, in {data_dir}/: red boxes and blue "
           "ellipses.\nNow a teacher is trained for them, with their labels.\n", flush=True)
-    teacher = drawn.train_teacher(arch, data_dir, 85, MIN_SIZE, MAX_SIZE, rois=16)
+    teacher = drawn.train_teacher(arch, data_dir, 80, MIN_SIZE, MAX_SIZE, rois=16)
     torch.save(teacher.state_dict(), teacher_file)
     return data_dir, teacher_file
 
@@ -70,8 +70,8 @@ def main():
     run("The student learns to give the teacher's features through 3 channels. No label is used; "
         "the relative errors of the four layers fall.",
         "train.py", "--arch", args.arch, *common, "--output-dir", output_dir, "--min-size", MIN_SIZE,
-        "--max-size", MAX_SIZE, "--epochs", 5, "--lr-drops", 4, "--images-per-step", 4,
-        "--limit-train", 84, "--limit-val", 2, "--log-every", 10)
+        "--max-size", MAX_SIZE, "--epochs", 3, "--lr-drops", 2, "--images-per-step", 4,
+        "--limit-train", 112, "--limit-val", 2, "--log-every", 10)
 
     ckpt = train.RunFolder(output_dir, args.arch).last  # two images are too few to tell the best
     summary = json.loads(run(

@@ -7,6 +7,7 @@ import types
 from dataclasses import asdict, make_dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,12 +51,11 @@ def test_processes_share_a_step(images, processes, micro_batch, accumulation):
     assert train.share_step(images, processes) == (micro_batch, accumulation)
 
 
-def test_flags_change_the_experiment_and_nothing_else(monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "run_experiment", lambda *args: seen.extend(args))
+@mock.patch.object(train, "run_experiment")
+def test_flags_change_the_experiment_and_nothing_else(run_experiment):
     train.main("--arch maskrcnn --max-size 999 --epochs 3 --layer-weights 1 0 0 0.5 --lr 2e-4 "
                "--lr-drops --amp bf16 --data-dir /x --output-dir=~/x --compile".split())
-    experiment, args, folder, *parts = seen
+    experiment, args, folder, *parts = run_experiment.call_args.args
     assert experiment == replace(MASKRCNN, max_size=999, epochs=3, layer_weights=(1, 0, 0, 0.5),
                                  lr=2e-4, lr_drops=(), amp="bf16")
     assert args.data_dir == Path("/x") and args.compiled and args.save_every == 2000
@@ -150,7 +150,7 @@ def some_steps():
     found = {}
     for amp, backend in ((None, "aot_eager"), ("bf16", "eager")):
         torch.compile = partial(plain_compile, backend=backend)
-        experiment = replace(FASTERRCNN, layer_weights=(1.0, 0.5, 0.0, 0.0), amp=amp)
+        experiment = replace(FASTERRCNN, layer_weights=(1.0, 0.0, 0.0, 0.0), amp=amp)
         for compiled in (False, True):
             counters.clear()
             torch.manual_seed(0)
@@ -192,7 +192,9 @@ def trained(dataset, teachers, tmp_path_factory):
     """The folder of a run of Mask R-CNN, of two steps."""
     folder = tmp_path_factory.mktemp("trained")
     flags = FLAGS.format(dataset, teachers["maskrcnn"], folder)
-    train.main(f"{flags} maskrcnn --images-per-step 5 --limit-train 10".split())
+    with mock.patch.object(data, "check_workers") as check:
+        train.main(f"{flags} maskrcnn --images-per-step 5 --limit-train 10".split())
+    assert check.call_args.args[1:] == (1, 0, 5)  # five micro-batches of one image are in use
     distributed.log_to(None)
     return folder
 
@@ -213,8 +215,6 @@ def test_a_run_reports_what_it_did(trained):
                  "from epoch 0, step 0 on: 10 images; a step is 1 process(es) x 5 micro-batch(es) "
                  "of 1 image(s), which is what BatchNorm sees (4 in the original)"):
         assert log.count(text) == 1, text
-    assert {path.name for path in trained.iterdir()} == {
-        BEST.format("maskrcnn"), "last.pt", "metrics.jsonl", "train.log"}
 
 
 def test_only_conv1_and_layer1_have_changed(trained, teachers):
