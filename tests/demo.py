@@ -49,7 +49,7 @@ def make_teacher(arch, folder):
     drawn.write_dataset(data_dir, train=256, val=12)
     print(f"Drew 256 images to train on and 12 to validate with, in {data_dir}/: red boxes and blue "
           "ellipses.\nNow a teacher is trained for them, with their labels.\n", flush=True)
-    teacher = drawn.train_teacher(arch, data_dir, 80, MIN_SIZE, MAX_SIZE, rois=16)
+    teacher = drawn.train_teacher(arch, data_dir, 85, MIN_SIZE, MAX_SIZE, rois=16)
     torch.save(teacher.state_dict(), teacher_file)
     return data_dir, teacher_file
 
