@@ -122,14 +122,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true", help="at 800/1333, as in the recipe")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="of timing (%(default)s)")
     args = parser.parse_args()
     device = distributed.set_up(args.device)
     size = (800, 1333) if args.large else (320, 533)
     names = [TORCHDISTILL] + [
         name for name, (amp, _) in OURS.items() if models.has_bf16(device) or not amp]
     print(describe_machine(device))
-    seconds = alternate(args.rounds, [make_step(name, device, size) for name in names])
+    seconds = alternate(3, [make_step(name, device, size) for name in names])
     for name, value in zip(names, seconds):
         print(f"a step of 4 images at {size}, {name:27}{value:8.3f} s, {seconds[0] / value:.2f} x")
 

@@ -8,7 +8,7 @@ train.py's flags. Those of torchdistill's distillation box start from the same w
 same batches; both round differently, and training magnifies that, so only scores can be compared.
 
 What is finished is kept in RESULTS/*.json: the same command goes on from there, also with other
-seeds and names, and, once the teacher is trained, beside another one of the same folder.
+seeds and names. Once the teacher is trained, two may share a folder, if not the same students.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import itertools
 import json
 import sys
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -136,10 +137,10 @@ def once(file: Path, settings: dict, function: Callable[..., Rows], *args: Any) 
 
 
 def keep_teacher_maps(training_bodies: Callable[..., Any]) -> Callable[..., Any]:
-    """Return models.training_bodies, but with a teacher's body that computes each image once.
+    """Return models.training_bodies, but with a teacher's body that keeps the maps of each image.
 
-    All students of one teacher share what it keeps. An image's key is what a batch holds of it,
-    with the padding, so nothing else has to be known of it.
+    It computes a batch only where one of its images is new. All students of one teacher share what
+    it keeps. An image's key is what a batch holds of it, with the padding.
     """
     kept = {}  # {key: {name: map (1, C, H, W)}}
 
@@ -148,7 +149,8 @@ def keep_teacher_maps(training_bodies: Callable[..., Any]) -> Callable[..., Any]
         names = list(teacher_body.return_layers.values())
 
         def body(batch: Tensor) -> dict[str, Tensor]:
-            keys = [hashlib.sha256(image.numpy().tobytes()).digest() for image in batch]
+            keys = [(image.shape, hashlib.sha256(image.numpy().tobytes()).digest())
+                    for image in batch]
             if all(kept.get(key, {}).keys() >= set(names) for key in keys):
                 return {name: torch.cat([kept[key][name] for key in keys]) for name in names}
             maps = teacher_body(batch)  # the whole batch: fewer images could be rounded differently
@@ -256,11 +258,10 @@ def describe(values: Sequence[float], sign: str = "") -> str:
     return f"{np.mean(values):{sign}.3f} ± {np.std(values, ddof=1):.3f} ({each})"
 
 
-def print_table(found: Found, iou_types: Sequence[str], every: int) -> None:
+def print_table(found: Found, iou_types: Sequence[str]) -> None:
     """Print, as Markdown, the AP of all that was found, and the bytes that were sent."""
     titles = " | ".join(f"{iou_type} AP" for iou_type in iou_types)
-    images = "" if every == 1 else f" (on one image of {every})"
-    print(f"\n| what detects{images} | {titles} | bytes an image |")
+    print(f"\n| what detects | {titles} | bytes an image |")
     print("| --- |" + " --- |" * (1 + len(iou_types)))
     [file_bytes] = found[FILES]["bytes"]
     for what, values in found.items():
@@ -269,28 +270,28 @@ def print_table(found: Found, iou_types: Sequence[str], every: int) -> None:
         print(f"| {what} | {aps} | {mean_bytes:,.0f} ({mean_bytes / file_bytes:.0%}) |")
     ours, theirs = (found.get(f"{name}, 32-bit") for name in ("ghnd", "torchdistill"))
     for iou_type in iou_types if ours and theirs else ():
-        differences = [a - b for a, b in zip(ours[iou_type], theirs[iou_type])]
+        differences = [a - b for a, b in zip(ours[iou_type], theirs[iou_type], strict=True)]
         print(f"\n{iou_type} AP, ghnd - torchdistill, seed by seed: {describe(differences, '+')}")
 
 
 def draw_figure(found: Found, iou_types: Sequence[str], path: Path) -> None:
-    """Draw AP over bytes an image: a curve of each variant, and of the teacher on JPEG files."""
-    figure, panels = plt.subplots(1, len(iou_types), figsize=(7 * len(iou_types), 5), squeeze=False)
+    """Draw AP over bytes an image: a curve of each variant's means, with its seeds as dots."""
+    figure, panels = plt.subplots(
+        1, len(iou_types), figsize=(7 * len(iou_types), 5), squeeze=False, layout="constrained")
     for axes, iou_type in zip(panels[0], iou_types):
         curves = defaultdict(list)  # of points: bytes, AP
         for what, values in found.items():
             if what != FILES and not what.endswith("32-bit"):
                 point = np.mean(values["bytes"]), np.mean(values[iou_type])
                 curves[what.split(", ")[0].replace("teacher", "teacher, JPEG")].append(point)
+                axes.plot(values["bytes"], values[iou_type], ".", color="grey", alpha=0.5)
         for number, (name, points) in enumerate(curves.items()):
             axes.plot(*zip(*points), marker="so^vDP*"[number % 7], label=name)
         axes.axhline(found[FILES][iou_type][0], color="grey", label=FILES)
         axes.set_xscale("log", subs=[3])
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.xaxis.set_minor_formatter("{x:,.0f}")
+        axes.xaxis.set(major_formatter="{x:,.0f}", minor_formatter="{x:,.0f}")
         axes.set(xlabel="bytes an image", ylabel=f"{iou_type} AP", ylim=(0, None))
         axes.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
@@ -325,22 +326,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     names = ("arch", "min_size", "max_size", "teacher_steps", "rois", "upside_down", "every")
     settings = {name: getattr(args, name) for name in names}
+    for split in ("train2017", "val2017"):
+        settings[split] = zlib.crc32(data.split_paths(args.data_dir, split)[0].read_bytes())
     images, _ = data.load_train_split(args.data_dir, args.max_size)
     variants = list_variants(len(images) // 4 * args.epochs)
 
     found = {}
     add(found, "teacher", once(args.folder / "teacher.json", settings, make_teacher, args))
+    settings["teacher"] = zlib.crc32(args.teacher_file.read_bytes())
     add(found, "teacher", once(args.folder / "jpeg.json", settings, measure_jpeg, args))
     with mock.patch.object(models, "training_bodies", keep_teacher_maps(models.training_bodies)):
         for seed, name in itertools.product(args.seeds, args.only):
             own = settings | {"epochs": args.epochs, "bits": variants[name].bits}
-            folder = args.folder / f"{name}-{seed}"
-            add(found, name, once(folder.with_suffix(".json"), own, make_student, args,
+            folder = args.folder / f"{name}-{seed}" / str(args.epochs)
+            add(found, name, once(args.folder / f"{name}-{seed}.json", own, make_student, args,
                                   variants[name], seed, folder))
             for checkpoint in folder.glob("*.pt"):  # of 200 MB
                 checkpoint.unlink()
     iou_types = [name for name in found[FILES] if name != "bytes"]
-    print_table(found, iou_types, args.every)
+    print_table(found, iou_types)
     draw_figure(found, iou_types, args.folder / "study.jpg")
     kept = [json.loads(file.read_text()) for file in args.folder.glob("*.json")]
     hours = sum(result["core_hours"] for result in kept)

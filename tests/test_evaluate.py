@@ -246,17 +246,6 @@ def test_a_failure_in_the_last_pass_leaves_what_was_finished(tmp_path, flags, ca
         {"image_id": 1, "category_id": 2, "bbox": [5, 5, 4, 4], "score": 0.5}]
 
 
-def test_published_figures_are_printed_for_cocos_val2017(tmp_path, flags, call, monkeypatch):
-    (tmp_path / "x").touch()
-    images = 5000 * [data.ImageInfo(1, "x", 9, 9)]
-    val = Mock(images=images, folder=tmp_path, classes=91)
-    monkeypatch.setattr(evaluate, "ValSet", lambda *args: val)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args: ({}, []))
-    _, out, _ = call(evaluate.main, *flags("maskrcnn")[:-2])
-    published = "teacher bbox 0.379, segm 0.346, student bbox 0.369, segm 0.336"
-    assert f"\npublished AP: {published}\n" in out
-
-
 def test_teacher_eps_alone_is_not_ignored(flags, call):
     status, _, err = call(evaluate.main, *flags("fasterrcnn")[:-2], "--teacher-eps", 1e-5)
     assert status == 1 and "--teacher-eps is for the weights in --teacher-ckpt" in err

@@ -195,14 +195,6 @@ def test_a_student_is_used_as_its_config_says_unless_told_otherwise(pairs, path,
     assert capsys.readouterr().out == f"{path}: trained with max_size 160, used with 200\n"
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_other(path):
-    models.save_checkpoint({"model": {}, "epoch": 1}, path)
-    Path("file.pt.part").symlink_to("/dev/full")
-    with pytest.raises(InputError, match="file.pt cannot be written: No space left on device"):
-        models.save_checkpoint({"model": {}, "epoch": 2}, path)
-    assert models.load_checkpoint(path)["epoch"] == 1 and list(Path().iterdir()) == [path]
-
-
 @pytest.mark.parametrize("is_ordinary, eps, added", [
     (False, 1e-5, 1e-5), (True, None, 1e-5), (True, 0.0, 0.0)])
 def test_eps_of_batch_norm_is_added_to_variances(

@@ -1,3 +1,4 @@
+import copy
 from unittest.mock import Mock
 
 import convert
@@ -72,22 +73,37 @@ def test_quantization_aware_training_starts_at_its_step_and_passes_gradients_on(
     assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
 
 
-def test_a_study_makes_a_table_and_a_figure_and_is_done_once(tmp_path, capsys, monkeypatch):
+def test_a_study_trains_both_alike_and_makes_a_table_and_a_figure_once(
+        tmp_path, capsys, monkeypatch):
+    build, read, step = models.build_student, data.CocoImages.__getitem__, torch.optim.Adam.step
+    starts, keys, rates = [], {"train2017": [], "val2017": []}, []
+    monkeypatch.setattr(models, "build_student", lambda *args: (
+        starts.append(build(*args)) or copy.deepcopy(starts[-1])))
+    monkeypatch.setattr(data.CocoImages, "__getitem__", lambda images, key: (
+        keys[images.folder.name].append(key) or read(images, key)))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer, *args: (
+        rates.append(optimizer.param_groups[0]["lr"]) or step(optimizer, *args)))
     monkeypatch.setattr(study, "BITS", [32, 2])
     monkeypatch.setattr(study, "QUALITIES", [10])
     drawn.write_dataset(tmp_path, train=9, val=9)
     flags = (f"--arch fasterrcnn --data-dir {tmp_path} --folder {tmp_path} --teacher-steps 1 "
-             "--epochs 1 --min-size 64 --max-size 96 --every 10 --seeds 0 --only ghnd torchdistill")
+             "--epochs 2 --min-size 64 --max-size 96 --every 10 --seeds 3 --only ghnd torchdistill")
     study.main(flags.split())
+    ours, _, theirs = (student.state_dict() for student in starts)  # between them ours is reloaded
+    assert same(ours, theirs)
+    ours, theirs = keys["train2017"][:16], keys["train2017"][16:]  # 2 epochs of 2 batches of 4
+    assert ours == theirs and ours[:8] != ours[8:]
+    assert rates[1:5] == rates[5:] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
+
     table = capsys.readouterr().out.partition("\n| what")[2]
     assert "ghnd - torchdistill, seed by seed: " in table
     for row in ("teacher, JPEG 10", "ghnd, 32-bit", "ghnd, 2-bit", "torchdistill, 32-bit"):
         assert f"\n| {row} | " in table
     assert Image.open(tmp_path / "study.jpg").width == 700
-    assert not list(tmp_path.glob("*/*.pt"))
+    assert {path.name for path in tmp_path.rglob("*.pt")} == {"teacher.pt"}
     study.main(flags.split())
     before, _, again = capsys.readouterr().out.partition("\n| what")
-    assert "evaluation" not in before and again == table
+    assert before.count("\n") == 1 and again == table  # the line is of images left out
 
 
 def test_a_mean_has_its_deviation_and_each_value():
