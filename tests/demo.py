@@ -67,8 +67,8 @@ def main():
     data_dir, teacher_file = make_teacher(args.arch, args.folder)
 
     common = ["--data-dir", data_dir, "--teacher-ckpt", teacher_file]
-    run("The student learns to give the teacher's features through 3 channels. No label is used; "
-        "the relative errors of the four layers fall.",
+    run("The student learns to give the teacher's features through 3 channels. The loss reads no "
+        "label; the relative errors of the four layers fall.",
         "train.py", "--arch", args.arch, *common, "--output-dir", output_dir, "--min-size", MIN_SIZE,
         "--max-size", MAX_SIZE, "--epochs", 3, "--lr-drops", 2, "--images-per-step", 4,
         "--limit-train", 112, "--limit-val", 2, "--log-every", 10)

@@ -8,7 +8,8 @@ train.py's flags. Those of torchdistill's distillation box start from the same w
 same batches; both round differently, and training magnifies that, so only scores can be compared.
 
 What is finished is kept in RESULTS/*.json: the same command goes on from there, also with other
-seeds and names. Once the teacher is trained, two may share a folder, if not the same students.
+seeds and names. Once teacher.json and jpeg.json are there, two that make different students may
+share the folder.
 """
 
 import argparse
@@ -139,8 +140,8 @@ def once(file: Path, settings: dict, function: Callable[..., Rows], *args: Any) 
 def keep_teacher_maps(training_bodies: Callable[..., Any]) -> Callable[..., Any]:
     """Return models.training_bodies, but with a teacher's body that keeps the maps of each image.
 
-    It computes a batch only where one of its images is new. All students of one teacher share what
-    it keeps. An image's key is what a batch holds of it, with the padding.
+    It computes a batch only where it lacks one of its images. All students of one teacher share
+    what it keeps. An image's key is what a batch holds of it, with the padding.
     """
     kept = {}  # {key: {name: map (1, C, H, W)}}
 
