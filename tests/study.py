@@ -8,8 +8,7 @@ train.py's flags. Those of torchdistill's distillation box start from the same w
 same batches; both round differently, and training magnifies that, so only scores can be compared.
 
 What is finished is kept in RESULTS/*.json: the same command goes on from there, also with other
-seeds and names. Once teacher.json and jpeg.json are there, two that make different students may
-share the folder.
+seeds and names. Once teacher.json and jpeg.json are there, another one may make other students.
 """
 
 import argparse
