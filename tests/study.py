@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings["teacher"] = zlib.crc32(args.teacher_file.read_bytes())
     add(found, "teacher", once(args.folder / "jpeg.json", settings, measure_jpeg, args))
     with mock.patch.object(models, "training_bodies", keep_teacher_maps(models.training_bodies)):
-        for seed, name in itertools.product(args.seeds, args.only):
+        for seed, name in itertools.product(dict.fromkeys(args.seeds), dict.fromkeys(args.only)):
             own = settings | {"epochs": args.epochs, "bits": variants[name].bits}
             folder = args.folder / f"{name}-{seed}" / str(args.epochs)
             add(found, name, once(args.folder / f"{name}-{seed}.json", own, make_student, args,
